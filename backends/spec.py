@@ -1,0 +1,69 @@
+"""What a backend is, as plain data; importing this loads no engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Kind = Literal["llamacpp", "transformers", "diffusers", "vllm", "remote"]
+Task = Literal["chat", "classification", "image", "embedding", "score", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """One backend as configured. `name` is the public name of the model it serves and of the backend itself.
+
+    `devices` are GPU indices as NVML counts them; none means the CPU. `args` are passed to the engine. `python` is the
+    interpreter of an environment of its own. `url`, `api_key_env` and `steps` (socket path) belong to `remote`.
+    """
+
+    name: str
+    kind: Kind
+    model: str | None = None
+    devices: tuple[int, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+    python: str | None = None
+    trust_remote_code: bool = False
+    url: str | None = None
+    api_key_env: str | None = None
+    steps: str | None = None
+    startup_seconds: float = 600.0
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The accelerators its steps run on, as the ledger names them; the host for a backend on the CPU."""
+        return tuple(f"gpu:{index}" for index in self.devices) or ("host",)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a backend's process: the command, what is added to its environment, and where its health is told."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    health_path: str = "/health"
+
+
+class BackendKind(Protocol):
+    """What each folder under `backends/` offers: `backends.<kind>.KIND`, torch-free to import."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that a backend of this kind can serve."""
+        ...
+
+    @property
+    def reports_steps(self) -> bool:
+        """Whether its engine tells its steps; otherwise the relay's observation makes virtual ones."""
+        ...
+
+    def launch(self, spec: BackendSpec, port: int, socket: Path) -> Launch | None:
+        """The process to start, listening on 127.0.0.1:`port` and reporting steps to `socket`; None for a remote.
+
+        Raises BackendError (one line, naming the cure) when it cannot be started here.
+        """
+        ...
+
+
+class BackendError(Exception):
+    """A backend cannot be started or has failed; the message is one line that names the cause and the cure."""

@@ -1,0 +1,1 @@
+"""The proxy: HTTP edge, data path, energy accounting and export."""

@@ -1,0 +1,42 @@
+"""The seam to the hardware: one small protocol, whatever measures."""
+
+from typing import NamedTuple, Protocol
+
+from proxy.energy.quantities import Microjoules, Watts
+
+
+class MeterError(Exception):
+    """A reading failed. The message says what failed and how to cure it. Never replaced by a 0."""
+
+
+class Reading(NamedTuple):
+    """A device's cumulative energy since some arbitrary point, and its power now where the hardware says it."""
+
+    energy: Microjoules
+    power: Watts | None
+
+
+class Meter(Protocol):
+    """A device's energy meter.
+
+    `device` is our name of the device (`gpu:0`, `host`), `name` the hardware's own; `kind` is one of `nvml-counter`,
+    `nvml-power`, `rapl`, `codecarbon`, `replay`; `estimated` is True if and only if it computes instead of measuring;
+    `accuracy_ratio` is the meter's own error as a fraction (0.05 is 5 %), None where unknown.
+    """
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def estimated(self) -> bool: ...
+    @property
+    def accuracy_ratio(self) -> float | None: ...
+
+    def read(self) -> Reading:
+        """Read now; raises MeterError."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The data path: request to backend to client, observing as it forwards."""
