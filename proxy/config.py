@@ -85,7 +85,9 @@ class Energy(_Section):
     @model_validator(mode="after")
     def _facility_needs_pue(self) -> "Energy":
         if self.boundary == "facility" and self.pue is None:
-            raise ValueError("boundary: facility needs pue, the power usage effectiveness of the building (such as 1.12)")
+            raise ValueError(
+                "boundary: facility needs pue, the power usage effectiveness of the building (such as 1.12)"
+            )
         return self
 
 

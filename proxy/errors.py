@@ -16,6 +16,8 @@ Foreign errors are translated once, where they are caught, with `raise … from`
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 
 class JoulegateError(Exception):
     """Whatever we raise on purpose."""
@@ -51,6 +53,9 @@ class ApiError(JoulegateError):
 
     def envelope(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self.envelope())
 
 
 class InvalidRequest(ApiError):
