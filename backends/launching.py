@@ -46,7 +46,11 @@ def parser(prog: str, options: Sequence[Option]) -> argparse.ArgumentParser:
     result.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     for option in options:
         result.add_argument(
-            f"--{option.name}", type=option.type, default=option.default, choices=option.choices or None, help=option.help
+            f"--{option.name}",
+            type=option.type,
+            default=option.default,
+            choices=option.choices or None,
+            help=option.help,
         )
     return result
 
@@ -54,7 +58,9 @@ def parser(prog: str, options: Sequence[Option]) -> argparse.ArgumentParser:
 def launch(spec: BackendSpec, port: int, module: str, options: Sequence[Option], needs: Sequence[str]) -> Launch:
     """The command that starts `module` for `spec`. Raises BackendError; `needs` are the packages it imports."""
     if not spec.model:
-        raise BackendError(f"{spec.name}: a {spec.kind} backend needs `model`: a folder or an id on the Hugging Face hub")
+        raise BackendError(
+            f"{spec.name}: a {spec.kind} backend needs `model`: a folder or an id on the Hugging Face hub"
+        )
     if len(spec.devices) > 1:
         raise BackendError(f"{spec.name}: a {spec.kind} backend runs on one device, not on {len(spec.devices)}")
     _check_installed(spec, needs)
@@ -69,7 +75,7 @@ def launch(spec: BackendSpec, port: int, module: str, options: Sequence[Option],
 
 
 def resolve_model(spec: BackendSpec) -> str:
-    """The absolute folder of `spec.model` if it names one (`starter:NAME`: a model that ships with us), else the hub id."""
+    """The absolute folder that `spec.model` names (`starter:NAME`: a model that ships with us), else the hub id."""
     model = spec.model or ""
     if model.startswith(STARTER):
         return _folder(spec, Path(backends.starter.__file__).parent / model.removeprefix(STARTER))
@@ -80,13 +86,15 @@ def resolve_model(spec: BackendSpec) -> str:
 
 
 def flags(spec: BackendSpec, options: Sequence[Option]) -> list[str]:
-    """`spec.args` as flags, `_` for `-` allowed. Raises BackendError for an unknown one and for a value of a wrong type."""
+    """`spec.args` as flags, `_` for `-` allowed. Raises BackendError for an unknown one and for a wrong value."""
     known = {option.name: option for option in options}
     result = []
     for key, value in spec.args.items():
         option = known.get(key.replace("_", "-"))
         if option is None:
-            raise BackendError(f"{spec.name}: args.{key}: unknown; a {spec.kind} backend takes {', '.join(sorted(known))}")
+            raise BackendError(
+                f"{spec.name}: args.{key}: unknown; a {spec.kind} backend takes {', '.join(sorted(known))}"
+            )
         result.append(f"--{option.name}={_checked(spec, key, option, value)}")
     return result
 

@@ -117,7 +117,7 @@ def translated(error: BaseException) -> ApiError:
 
 
 async def read_json(request: Request, schema: type[Schema], limit: int) -> Schema:
-    """The body as `schema`. Raises ApiError: 400 for what is not JSON or not of the schema, 413 beyond `limit` bytes."""
+    """The body as `schema`. Raises ApiError: 400 for what is not JSON or not of it, 413 beyond `limit` bytes."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise invalid(f"The body must be application/json, not {kind[:100]!r}.")
@@ -155,7 +155,9 @@ def _explained(message: str) -> ApiError:
     path = (found["path"] if found else None) or None
     if found is None or path is None:
         return invalid(f"{message}.")
-    return invalid(f"'{path}': {found['what'][:1].lower()}{found['what'][1:]}.", re.split(r"[\[.]", path)[0], "invalid_type")
+    return invalid(
+        f"'{path}': {found['what'][:1].lower()}{found['what'][1:]}.", re.split(r"[\[.]", path)[0], "invalid_type"
+    )
 
 
 def request_id(request: Request) -> tuple[str, str]:
@@ -167,7 +169,9 @@ def request_id(request: Request) -> tuple[str, str]:
 def check_model(asked: str | None, served: str) -> None:
     """Raises ApiError (404) for another model than the one served."""
     if asked is not None and asked != served:
-        raise ApiError(404, f"The model '{asked[:200]}' is not served here; '{served}' is.", param="model", code="model_not_found")
+        raise ApiError(
+            404, f"The model '{asked[:200]}' is not served here; '{served}' is.", param="model", code="model_not_found"
+        )
 
 
 async def disconnected(request: Request) -> None:
@@ -181,7 +185,7 @@ async def disconnected(request: Request) -> None:
 
 @dataclass(eq=False)
 class Job(Generic[Work, Result]):
-    """One piece of work for the engine's thread. `request` is its id in step reports, `size` what it counts in a batch."""
+    """Work for the engine's thread. `request` is its id in step reports, `size` what it counts in a batch."""
 
     request: str
     work: Work
@@ -196,6 +200,7 @@ class Job(Generic[Work, Result]):
 
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any])
+JobT_contra = TypeVar("JobT_contra", bound=Job[Any, Any], contravariant=True)
 
 
 class JobQueue(Generic[AnyJob]):
@@ -253,10 +258,10 @@ class JobQueue(Generic[AnyJob]):
 
 async def finished(request: Request, jobs: Sequence[Job[Work, Result]]) -> list[Result]:
     """The jobs' results. Raises what a job raised, or ClientGone; unless all are done, they are abandoned."""
-    gone = asyncio.ensure_future(disconnected(request))
+    gone: asyncio.Future[Any] = asyncio.ensure_future(disconnected(request))
     results = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
     try:
-        await asyncio.wait({gone, results}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([gone, results], return_when=asyncio.FIRST_COMPLETED)
         if not results.done():
             raise ClientGone
         return results.result()
@@ -270,7 +275,7 @@ async def finished(request: Request, jobs: Sequence[Job[Work, Result]]) -> list[
 # --- the engine's thread ---
 
 
-class Engine(Protocol[AnyJob]):
+class Engine(Protocol[JobT_contra]):
     """A loaded model. All but `pick` is called on the engine's thread only."""
 
     def warm_up(self) -> None:
@@ -281,7 +286,7 @@ class Engine(Protocol[AnyJob]):
         """Which of the waiting jobs to work on together: indices into their sizes, in order of arrival; never none."""
         ...
 
-    def run(self, jobs: Sequence[AnyJob]) -> None:
+    def run(self, jobs: Sequence[JobT_contra]) -> None:
         """Work on the jobs and report the steps. Settles each job's future, or raises for those it left unsettled."""
         ...
 
@@ -375,7 +380,9 @@ def guarded(handler: Handler) -> Handler:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.", code="not_found").response()
+    return ApiError(
+        error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.", code="not_found"
+    ).response()
 
 
 def app(name: str, host: Host[Any], posts: Mapping[str, Handler]) -> Starlette:
@@ -405,7 +412,7 @@ def serve(application: Starlette, host: Host[Any], port: int, kind: str, model: 
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if host.failure is not None:
-        print(f"{kind}: {model}: {_one_line(host.failure)}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{kind}: {model}: {_one_line(host.failure)}\n")
     return 0 if server.started and host.failure is None else 1
 
 

@@ -22,7 +22,9 @@ class TransformersKind:
     def launch(self, spec: BackendSpec, port: int, socket: Path) -> Launch:
         """See `BackendKind.launch`. The socket reaches the engine through the environment that the supervisor makes."""
         del socket
-        return launch(spec, port, "backends.transformers.server", OPTIONS, needs=("torch", "transformers", "safetensors"))
+        return launch(
+            spec, port, "backends.transformers.server", OPTIONS, needs=("torch", "transformers", "safetensors")
+        )
 
 
 KIND = TransformersKind()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-#: Of a pass's padded tokens, this many for each real one at most: padding costs energy, and the request it lengthens pays.
+#: Padded tokens of a pass for each real one, at most: padding costs energy, and the padded request pays for it.
 MOST_PADDED_PER_TOKEN = 1.5
 
 

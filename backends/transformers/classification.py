@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import msgspec
 from starlette.requests import Request
@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from backends.serving import Handler, Host, check_model, finished, invalid, json_response, read_json, request_id
 from backends.steps import StepReporter
+from backends.transformers.sequences import SequenceJob, TokenSequence, Truncation
 
 if TYPE_CHECKING:
-    from backends.transformers.encoder import Encoder, Truncation
+    from backends.transformers.encoder import Encoder
 
 
 class ClassificationRequest(msgspec.Struct):
@@ -52,9 +53,9 @@ class ClassificationResponse(msgspec.Struct):
 
 
 def load(arguments: argparse.Namespace, reporter: StepReporter) -> "Encoder":
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415  # only the engine's thread loads torch
 
-    from backends.transformers import encoder
+    from backends.transformers import encoder  # noqa: PLC0415  # as above
 
     return encoder.load(arguments.model, AutoModelForSequenceClassification, arguments, reporter)
 
@@ -76,18 +77,18 @@ def posts(host: "Host[Encoder]", arguments: argparse.Namespace) -> Mapping[str, 
     return {"/classify": classify, "/v1/classify": classify}
 
 
-def _jobs(asked: ClassificationRequest, sequences: list[list[int]], request: str) -> list[Any]:
-    from backends.transformers.encoder import Sequence_, SequenceJob
-
+def _jobs(asked: ClassificationRequest, sequences: list[list[int]], request: str) -> list[SequenceJob]:
     activate = asked.use_activation if asked.use_activation is not None else asked.activation is not False
-    return [SequenceJob(request, Sequence_(ids, activate), size=len(ids)) for ids in sequences]
+    return [SequenceJob(request, TokenSequence(ids, activate), size=len(ids)) for ids in sequences]
 
 
 async def _sequences(asked: ClassificationRequest, engine: "Encoder", most: int) -> list[list[int]]:
     """The request's inputs as token ids. Raises ApiError (400)."""
     inputs = _inputs(asked.input)
     if len(inputs) > most:
-        raise invalid(f"'input' has {len(inputs)} items; at most {most} are allowed.", "input", "array_above_max_length")
+        raise invalid(
+            f"'input' has {len(inputs)} items; at most {most} are allowed.", "input", "array_above_max_length"
+        )
     truncation = _truncation(asked, engine.length)
     texts = [item for item in inputs if isinstance(item, str)]
     if texts:
@@ -106,16 +107,16 @@ def _inputs(given: str | list[str | int | list[int]]) -> list[str] | list[list[i
     if not given:
         raise invalid("'input' must not be empty.", "input", "empty_array")
     if all(isinstance(item, int) for item in given):
-        return [given]  # type: ignore[list-item]  # the line above says what it is
-    if all(isinstance(item, str) for item in given) or all(isinstance(item, list) for item in given):
-        return given  # type: ignore[return-value]  # as above
+        return [cast(list[int], given)]
+    if all(isinstance(item, str) for item in given):
+        return cast(list[str], given)
+    if all(isinstance(item, list) for item in given):
+        return cast(list[list[int]], given)
     raise invalid("'input' must be a string, an array of strings, an array of token ids, or an array of such.", "input")
 
 
-def _truncation(asked: ClassificationRequest, longest: int) -> "Truncation | None":
+def _truncation(asked: ClassificationRequest, longest: int) -> Truncation | None:
     """vLLM's rule: -1 means the model's length, which more must not be asked for. Raises ApiError (400)."""
-    from backends.transformers.encoder import Truncation
-
     length = asked.truncate_prompt_tokens
     if length is None:
         return None
@@ -125,7 +126,7 @@ def _truncation(asked: ClassificationRequest, longest: int) -> "Truncation | Non
     return Truncation(longest if length == -1 else length, asked.truncation_side)
 
 
-def _cut(engine: "Encoder", ids: list[int], truncation: "Truncation | None") -> list[int]:
+def _cut(engine: "Encoder", ids: list[int], truncation: Truncation | None) -> list[int]:
     try:
         return engine.cut(ids, truncation)
     except ValueError as error:

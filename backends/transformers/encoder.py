@@ -1,4 +1,4 @@
-"""A loaded encoder with a head, one score vector per sequence: tokenizing, padding, the forward pass and its step report.
+"""A loaded encoder with a head, a vector of scores per sequence: tokenizing, padding, forward pass and step report.
 
 Imported on the engine's thread only, since it imports torch and transformers.
 """
@@ -11,27 +11,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from backends.serving import Job
 from backends.spec import BackendError
 from backends.steps import StepReporter
 from backends.transformers.batching import pick
+from backends.transformers.sequences import SequenceJob, TokenSequence, Truncation
 
 logger = logging.getLogger(__name__)
-
-#: Token ids of one sequence, and whether its scores become probabilities.
-SequenceJob = Job["Sequence_", list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence_:
-    ids: list[int]
-    activate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +30,6 @@ class Limits:
     tokens: int
     sequences: int
     length: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """Keep `length` tokens (special ones included); `side` is the one cut off, None for the tokenizer's habit."""
-
-    length: int
-    side: Literal["left", "right"] | None = None
 
 
 def load(model: str, head: Any, arguments: argparse.Namespace, reporter: StepReporter) -> "Encoder":
@@ -60,7 +43,7 @@ def load(model: str, head: Any, arguments: argparse.Namespace, reporter: StepRep
     )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise BackendError(f"the model has no weights for {missing}: it was not trained for this task; name one that was")
+        raise BackendError(f"it has no weights for {missing}: name a model that was trained for this task")
     limits = Limits(arguments.max_batch_tokens, arguments.max_batch_sequences, arguments.max_model_len)
     return Encoder(network.to(arguments.device).eval(), tokenizer, limits, reporter)
 
@@ -102,7 +85,7 @@ class Encoder:
 
     def warm_up(self) -> None:
         ids = self._tokenize(["warm up"], None, special=True)[0] or [0]
-        self.run([SequenceJob("", Sequence_(ids))])
+        self.run([SequenceJob("", TokenSequence(ids))])
 
     def pick(self, sizes: Sequence[int]) -> list[int]:
         return pick(sizes, self._limits.tokens, self._limits.sequences)
@@ -134,7 +117,9 @@ class Encoder:
             device = self._network.device
             with torch.inference_mode():
                 logits = self._network(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            return logits.float().cpu()  # which waits for the device, so that the step's end is true
+            return cast(
+                torch.Tensor, logits.float().cpu()
+            )  # which waits for the device, so that the step's end is true
         finally:
             count = len(jobs)
             requests = [job.request for job in jobs]
@@ -156,8 +141,9 @@ class Encoder:
 
 
 def _pad_token(network: Any, tokenizer: Any) -> int:
-    """Decoders with a head find a sequence's end by its padding, and many have no token for it: the end token serves."""
-    pad = next((t for t in (tokenizer.pad_token_id, network.config.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    """Decoders with a head find a sequence's end by its padding; without a token for it, the end token serves."""
+    candidates = (tokenizer.pad_token_id, network.config.pad_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in candidates if token is not None), 0)
     network.config.pad_token_id = pad
     return int(pad)
 

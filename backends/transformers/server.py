@@ -1,9 +1,10 @@
 """`python -m backends.transformers.server`: serve one Transformers model on 127.0.0.1."""
 
 import argparse
+from typing import Any
 
 from backends.launching import parser
-from backends.serving import Host, JobQueue, app, main, serve
+from backends.serving import Engine, Host, JobQueue, app, main, serve
 from backends.steps import StepReporter
 from backends.transformers import OPTIONS
 from backends.transformers.tasks import TASKS
@@ -12,7 +13,7 @@ from backends.transformers.tasks import TASKS
 def run(arguments: argparse.Namespace) -> int:
     task = TASKS[arguments.task]
     reporter = StepReporter.from_environment()
-    host: Host[object] = Host(lambda: task.load(arguments, reporter), JobQueue(arguments.max_queue), reporter)
+    host: Host[Engine[Any]] = Host(lambda: task.load(arguments, reporter), JobQueue(arguments.max_queue), reporter)
     application = app(arguments.name, host, task.posts(host, arguments))
     return serve(application, host, arguments.port, "transformers", arguments.model)
 

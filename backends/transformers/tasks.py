@@ -1,4 +1,4 @@
-"""The tasks a Transformers model can be served for. Another one is another entry: how it loads, and the paths it answers."""
+"""The tasks a Transformers model can be served for; a new one is a new entry: how it loads, what paths it answers."""
 
 import argparse
 from collections.abc import Callable, Mapping
