@@ -10,7 +10,7 @@ OPTIONS = (
     Option("variant", str, "variant of the weight files, such as fp16"),
     Option("max-queue", int, "requests that may wait", 32),
     Option("max-batch-images", int, "images of one request that are drawn together", 4),
-    Option("max-image-pixels", int, "largest width × height", 2048 * 2048),
+    Option("max-image-pixels", int, "most pixels of an image", 2048 * 2048),
     Option("max-steps", int, "most denoising steps a request may ask for", 200),
     Option("steps", int, "denoising steps when a request names none (default: the pipeline's)"),
     Option("guidance-scale", float, "guidance when a request names none (default: the pipeline's)", least=0),

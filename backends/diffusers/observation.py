@@ -1,19 +1,19 @@
 """What a running pipeline does, seen from outside: its steps, with their times and work, and the moment to stop it.
 
 Every pipeline of Diffusers is a call that encodes text, runs its denoiser again and again, and decodes latents. Hooks
-on the denoiser see each pass's shape, which is the work it does whatever the guidance; the pipeline's own callback, where
-there is one, tells the end of a denoising step.
+on the denoiser see each pass's shape, which is the work it does whatever the guidance; the pipeline's own callback,
+where there is one, tells the end of a denoising step.
 """
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from backends.diffusers.drawing import DrawingJob
 from backends.steps import StepReporter
 
 #: Names that pipelines give to the networks they denoise with.
@@ -25,7 +25,7 @@ class Abandoned(Exception):
 
 
 class Observation:
-    """Watches one call of a pipeline that draws `images` images for `request`, and reports its steps.
+    """Watches one call of a pipeline that draws `images` images of a job, and reports its steps.
 
     Between the marks of time that it sets no time is left out: text encoding is the first step, each denoising step is
     one, decoding is the last. Each image is a participant. A denoising step's work is latent pixels times passes;
@@ -35,18 +35,17 @@ class Observation:
     def __init__(
         self,
         reporter: StepReporter,
-        request: str,
+        job: DrawingJob,
         images: int,
         device: torch.device,
-        abandoned: threading.Event,
         has_callback: bool,
     ) -> None:
         self.latent_pixels = 0
         self.steps = 0
         self._reporter = reporter
-        self._requests = [request] * images
+        self._requests = [job.request] * images
         self._device = device
-        self._abandoned = abandoned
+        self._abandoned = job.abandoned
         self._has_callback = has_callback
         self._mark = time.monotonic_ns()
         self._tokens = 0
@@ -91,7 +90,7 @@ class Observation:
 
     def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check()
-        latents = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        latents: torch.Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         if not self.denoising:
             text = kwargs.get("encoder_hidden_states")
             self.step_done(text.shape[1] if isinstance(text, torch.Tensor) and text.ndim > 1 else 1)
@@ -119,8 +118,10 @@ def estimates(scheduler: Any, take: Callable[[torch.Tensor], None]) -> Iterator[
     def observed(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sigma = _flow_sigma(scheduler)
         result = step(model_output, timestep, sample, *args, **kwargs)
-        estimate = _estimate(scheduler, model_output, timestep, sample, sigma, result)
-        if estimate is not None:
+        estimate = _told(result) if sigma is None else sample - sigma.to(sample) * model_output
+        if estimate is None:
+            estimate = _by_noise_schedule(scheduler, model_output, timestep, sample)
+        if estimate is not None and estimate.shape == sample.shape:
             take(estimate)
         return result
 
@@ -136,24 +137,23 @@ def _flow_sigma(scheduler: Any) -> torch.Tensor | None:
     """The noise level that a flow-matching scheduler is about to leave."""
     if "Flow" not in type(scheduler).__name__:
         return None
-    return scheduler.sigmas[scheduler.step_index or 0]  # type: ignore[no-any-return]  # diffusers ships no types
+    return cast(torch.Tensor, scheduler.sigmas[scheduler.step_index or 0])
 
 
-def _estimate(
-    scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, sigma: Any, result: Any
-) -> torch.Tensor | None:
-    """The finished latents by the scheduler itself, by flow matching, or by the noise schedule."""
+def _told(result: Any) -> torch.Tensor | None:
+    """The finished latents as the scheduler itself tells them."""
     told = result[1] if isinstance(result, tuple) and len(result) > 1 else getattr(result, "pred_original_sample", None)
-    if isinstance(told, torch.Tensor) and told.shape == sample.shape:
-        return told
-    if model_output.shape != sample.shape:
-        return None
-    if sigma is not None:
-        return sample - sigma.to(sample) * model_output
+    return told if isinstance(told, torch.Tensor) else None
+
+
+def _by_noise_schedule(
+    scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
+) -> torch.Tensor | None:
+    """The finished latents by the noise at `timestep`, where the scheduler keeps it and the model predicts as is."""
     kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is None:
+    if kept is None or model_output.shape != sample.shape:
         return None
-    alpha = kept[int(timestep)].to(sample)
+    alpha: torch.Tensor = kept[int(timestep)].to(sample)
     if scheduler.config.get("prediction_type", "epsilon") == "v_prediction":
         return alpha.sqrt() * sample - (1 - alpha).sqrt() * model_output
     return (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt().clamp(min=1e-3)

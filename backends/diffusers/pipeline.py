@@ -6,8 +6,8 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 import transformers
 from PIL.Image import Image
 
+from backends.diffusers.drawing import Drawing, DrawingJob, Drawn, Order, Preview, Progress
 from backends.diffusers.observation import DENOISERS, Abandoned, Observation, estimates
-from backends.diffusers.schema import Abilities, Drawing
-from backends.serving import Job, invalid
+from backends.diffusers.schema import Abilities
+from backends.serving import invalid
 from backends.spec import BackendError
 from backends.steps import StepReporter
 
@@ -28,42 +29,6 @@ logger = logging.getLogger(__name__)
 OWN: Mapping[str, str] = {"PainterPipeline": "backends.starter.painter_pipeline"}
 
 _WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """`step` of `steps` denoising steps of the whole request are done."""
-
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What the images would be if the drawing ended now; `index` counts the previews of the request."""
-
-    index: int
-    image: Image
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """The finished images, with the tokens of their prompt and the latent pixels of one image."""
-
-    images: list[Image]
-    text_tokens: int
-    latent_pixels: int
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A drawing, and whom to tell about it while it is made; `tell` is called on the engine's thread."""
-
-    drawing: Drawing
-    tell: Callable[[Progress | Preview], None] = lambda _: None
-
-
-DrawingJob = Job[Order, Drawn]
 
 
 def load(arguments: argparse.Namespace, reporter: StepReporter) -> "ImageEngine":
@@ -87,7 +52,7 @@ def load(arguments: argparse.Namespace, reporter: StepReporter) -> "ImageEngine"
 
 
 def _pipeline_class(arguments: argparse.Namespace) -> Any:
-    """Diffusers' loader, or the class of our own that the model's index names. Raises BackendError for anybody else's."""
+    """Diffusers' loader, or the class of our own that the model's index names. Raises BackendError for others'."""
     index = Path(arguments.model) / "model_index.json"
     if not index.is_file():
         return diffusers.DiffusionPipeline  # on the hub, or not a pipeline, which it says best
@@ -155,14 +120,12 @@ class ImageEngine:
         return Drawn(images, self._text_tokens(drawing.prompt), latent_pixels)
 
     def _call(self, job: DrawingJob, part: Drawing, done: int) -> tuple[list[Image], int]:
-        """Draw the images of `part` together, after `done` others of the job; the images and one image's latent pixels."""
+        """Draw the images of `part` together, `done` others being drawn: the images, and the latent pixels of one."""
         pipeline = self._pipeline
-        seen = Observation(
-            self._reporter, job.request, part.images, pipeline._execution_device, job.abandoned, self._has_callback
-        )
+        seen = Observation(self._reporter, job, part.images, pipeline._execution_device, self._has_callback)
         teller = _Teller(pipeline, job.work, part, seen, done)
         try:
-            with torch.inference_mode(), seen.watching(pipeline), teller.listening():
+            with seen.watching(pipeline), teller.listening():
                 return list(pipeline(**self._arguments(part, teller)).images), seen.latent_pixels
         except ValueError as error:
             if seen.denoising:
@@ -206,7 +169,7 @@ class _Teller:
         self._estimate: torch.Tensor | None = None
 
     @contextlib.contextmanager
-    def listening(self) -> Any:
+    def listening(self) -> Iterator[None]:
         if not self._part.previews:
             yield
             return
@@ -289,6 +252,6 @@ def _sizes(pipeline: Any) -> tuple[int, int, int]:
     scale = getattr(pipeline, "vae_scale_factor", 8)
     sample = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 64
     height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    # Transformers cut the latents into patches of two by two, some after packing them; networks that halve need no more.
+    # Transformers see latents in patches of two by two.
     multiple = scale * 2 if hasattr(pipeline, "transformer") else scale
     return width * scale, height * scale, multiple

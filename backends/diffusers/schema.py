@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from backends.diffusers.drawing import Drawing
 from backends.serving import invalid
 
 _MOST_PROMPT = 32_000
@@ -59,21 +60,6 @@ class Abilities:
     steps: int | None
     guidance_scale: float | None
     arguments: Collection[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """What to draw; None leaves it to the pipeline. Image i has the seed `seed` + i."""
-
-    prompt: str
-    negative_prompt: str | None
-    images: int
-    width: int
-    height: int
-    steps: int | None
-    guidance_scale: float | None
-    seed: int
-    previews: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +149,7 @@ def _size(asked: str | None, can: Abilities) -> tuple[int, int]:
     if any(side < can.multiple or side % can.multiple for side in pixels):
         raise _unsupported(f"'size': width and height must be positive multiples of {can.multiple} pixels.")
     if pixels[0] * pixels[1] > can.most_pixels:
-        raise _unsupported(f"'size': at most {can.most_pixels} pixels (width × height) are drawn here.")
+        raise _unsupported(f"'size': at most {can.most_pixels} pixels (width times height) are drawn here.")
     return pixels
 
 

@@ -1,4 +1,4 @@
-"""`python -m backends.diffusers.server`: serve one text-to-image pipeline on 127.0.0.1, at `POST /v1/images/generations`."""
+"""`python -m backends.diffusers.server`: serve one text-to-image pipeline on 127.0.0.1."""
 
 import argparse
 import asyncio
@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from backends.diffusers import OPTIONS
-from backends.diffusers.schema import Drawing, ImageRequest, Look, understood, usage
+from backends.diffusers.drawing import Drawing, DrawingJob, Drawn, Order, Preview, Progress
+from backends.diffusers.schema import ImageRequest, Look, understood, usage
 from backends.launching import parser
 from backends.serving import (
     Handler,
@@ -35,7 +36,7 @@ from backends.steps import StepReporter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from backends.diffusers.pipeline import DrawingJob, Drawn, ImageEngine, Preview, Progress
+    from backends.diffusers.pipeline import ImageEngine
 
 _SECONDS_BETWEEN_COMMENTS = 0.5
 
@@ -55,7 +56,7 @@ def generations(host: "Host[ImageEngine]", arguments: argparse.Namespace) -> Han
         check_model(asked.model, arguments.name)
         drawing, look = understood(asked, engine.abilities)
         events = Events()
-        job = _job(request_id(request)[1], drawing, events)
+        job = DrawingJob(request_id(request)[1], Order(drawing, events.tell))
         ahead = host.queue.put([job])
         if asked.stream:
             headers = {"Cache-Control": "no-cache", "X-Queue-Position": str(ahead)}
@@ -68,12 +69,6 @@ def generations(host: "Host[ImageEngine]", arguments: argparse.Namespace) -> Han
     return generate
 
 
-def _job(request: str, drawing: Drawing, events: "Events") -> "DrawingJob":
-    from backends.diffusers.pipeline import DrawingJob, Order  # noqa: PLC0415  # loaded by now
-
-    return DrawingJob(request, Order(drawing, events.tell), size=drawing.images)
-
-
 class Events:
     """What the engine's thread tells, for the event loop to take; None when there is nothing more to wait for."""
 
@@ -81,12 +76,12 @@ class Events:
         self._loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Progress | Preview | None] = asyncio.Queue()
 
-    def tell(self, event: "Progress | Preview | None") -> None:
+    def tell(self, event: Progress | Preview | None) -> None:
         """Safe to call from any thread."""
         self._loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
 
-async def _answer(drawn: "Drawn", drawing: Drawing, look: Look) -> dict[str, Any]:
+async def _answer(drawn: Drawn, drawing: Drawing, look: Look) -> dict[str, Any]:
     encoded = [await asyncio.to_thread(encoded_image, image, look) for image in drawn.images]
     return {
         "created": int(time.time()),
@@ -97,7 +92,7 @@ async def _answer(drawn: "Drawn", drawing: Drawing, look: Look) -> dict[str, Any
     }
 
 
-async def _stream(request: Request, job: "DrawingJob", look: Look, events: Events) -> AsyncIterator[bytes]:
+async def _stream(request: Request, job: DrawingJob, look: Look, events: Events) -> AsyncIterator[bytes]:
     """OpenAI's events, with progress as comments between them; a failure is an `error` event."""
     gone = asyncio.ensure_future(disconnected(request))
     gone.add_done_callback(lambda _: events.tell(None))
@@ -119,7 +114,7 @@ async def _meanwhile(events: Events, look: Look) -> AsyncIterator[bytes]:
     """Previews and progress, until there is nothing more to wait for."""
     commented = time.monotonic()
     while (event := await events.queue.get()) is not None:
-        if hasattr(event, "image"):
+        if isinstance(event, Preview):
             yield await _partial(event.image, event.index, look)
         elif time.monotonic() - commented > _SECONDS_BETWEEN_COMMENTS:
             commented = time.monotonic()
@@ -132,7 +127,7 @@ async def _partial(image: "Image", index: int, look: Look) -> bytes:
     return _event("image_generation.partial_image", fields)
 
 
-async def _completed(drawn: "Drawn", look: Look) -> list[bytes]:
+async def _completed(drawn: Drawn, look: Look) -> list[bytes]:
     """One event for each image; `usage` adds up, so that the last event's is the request's."""
     parts = []
     for number, image in enumerate(drawn.images, 1):
