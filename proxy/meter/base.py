@@ -1,6 +1,7 @@
 """The seam to the hardware: one small protocol, whatever measures."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Collection
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from proxy.energy.quantities import Microjoules, Watts
 
@@ -40,3 +41,25 @@ class Meter(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SharedMeter(Protocol):
+    """A meter that can also say who uses its device."""
+
+    def foreign_share(self, ours: Collection[int]) -> float | None:
+        """The share (0..1) of the device's use since the previous call by processes not in `ours` (process ids).
+
+        None where the hardware or its driver cannot tell; raises MeterError where asking failed.
+        """
+        ...
+
+
+@runtime_checkable
+class ComparedMeter(Protocol):
+    """A meter that checks itself against a second source of the same device."""
+
+    @property
+    def disagreement(self) -> float | None:
+        """|second source - meter| / meter over the last while (0.05 is 5 %); None until both were seen long enough."""
+        ...
