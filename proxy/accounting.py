@@ -8,7 +8,7 @@ the metrics). What is kept in memory is bounded by what is open, plus a fixed nu
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -134,6 +134,8 @@ class Accountant:
         self._waiting: dict[str, list[asyncio.Future[Receipt]]] = {}
         self._proxy_until = now()
         self.refused_events = 0
+        self.reports: Counter[str] = Counter()
+        self.reports_lost: Counter[str] = Counter()
 
     # requests
 
@@ -193,6 +195,7 @@ class Accountant:
     def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
         """Take step reports of a backend; participants whose id is not ours become unattributed in the ledger."""
         for report in reports:
+            self.reports[backend] += 1
             devices = self._metered(backend, report.devices)
             if devices:
                 self.apply(
@@ -217,6 +220,7 @@ class Accountant:
             self.apply(Step(backend, devices, started, ended, (attempt,), (tokens,), (context,), source))
 
     def lost(self, backend: str, reports: int) -> None:
+        self.reports_lost[backend] += reports
         self.apply(Loss(backend, reports))
 
     # receipts

@@ -5,32 +5,53 @@ Importing this loads no engine: backends are child processes.
 
 import asyncio
 import logging
+import os
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from backends.supervisor import BackendStatus, Supervisor
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from backends.steps import LoadingState, StepReceiver
+from proxy.accounting import PROXY, Accountant, now
 from proxy.api.auth import Authenticator
 from proxy.api.context import Context
 from proxy.api.edge import Edge
 from proxy.api.pages import create_pages
 from proxy.config import Config
+from proxy.energy.events import BackendState, Event
+from proxy.energy.ledger import Ledger
+from proxy.energy.receipt import Accounting, Receipt
 from proxy.export.metrics import Metrics
-from proxy.meter.discover import Discovery
+from proxy.export.snapshot import OperationsSnapshot
+from proxy.meter.discover import Discovery, discover
+from proxy.meter.sampler import Sampler
+from proxy.relay.endpoints import ENDPOINTS
 from proxy.relay.observe import Observation
-from proxy.relay.relay import Relay, Services
+from proxy.relay.relay import Relay, Services, tick
 from proxy.relay.upstream import Upstream
 from proxy.routing.registry import Registry
-from proxy.store import ReceiptStore
+from proxy.settings import carbon_intensity, meter_settings
+from proxy.store.receipts import ReceiptStore
+from proxy.trace import Recorder
 
 log = logging.getLogger("joulegate")
+
+_TRACE_BYTES = 256 * 1024 * 1024
+_TRACE_BACKUPS = 4
+#: Headers of ours that a page of another origin may read, where such pages are allowed at all.
+_EXPOSED = [
+    "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
+    "X-Energy-Meter", "X-Energy-Boundary", "X-Energy-Status", "X-Carbon-Grams", "X-Carbon-Intensity",
+    "Carbon-Emissions-Scope-2", "Link",
+]  # fmt: skip
 
 
 class Node:
@@ -43,15 +64,15 @@ class Node:
     def __init__(self, config: Config, *, record: Path | None = None) -> None:
         self.config = config
         self.started = asyncio.Event()
-        self.registry = Registry(model.spec() for model in config.models)
+        self.specs = [model.spec() for model in config.models]
+        self.registry = Registry(self.specs)
         self.discovery = Discovery([], [])
         self._intensity = carbon_intensity(config.energy.carbon)
         self._record = record
-        self._observations: set[Observation] = set()
         self._changed = asyncio.Event()
         self._relays: dict[str, Relay] = {}
-        pages = create_pages(self._lifespan, version("joulegate"))
-        self.asgi: ASGIApp = self._around(pages)
+        self._observations: set[Observation] = set()
+        self.asgi = self._around(create_pages(self._lifespan, version("joulegate")))
 
     async def wait_until_settled(self) -> None:
         """Until every backend is ready or has failed once."""
@@ -66,35 +87,128 @@ class Node:
     def _around(self, pages: FastAPI) -> ASGIApp:
         server, auth = self.config.server, self.config.auth
         authenticator = Authenticator(auth.keys, required=auth.required)
-        edge: ASGIApp = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins)
+        edge = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins)
         if not server.cors_origins:
             return edge
-        exposed = ["X-Request-Id", "X-Client-Request-Id", "Link", "Carbon-Emissions-Scope-2", *_EXPOSED]
         return CORSMiddleware(
-            edge, server.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=exposed
+            edge, server.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=_EXPOSED
         )
 
     @asynccontextmanager
     async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joulegate-")))
             store = ReceiptStore(self.config.store.url)
             stack.callback(store.close)
             metrics = Metrics(self.registry.models)
-            accountant = self._accountant(stack, [_Sink(store, metrics)])
+            accountant = self._accountant(stack, _Sink(store, metrics))
+            supervisor = await self._start_backends(stack, accountant)
+            sampler = await self._start_meters(stack, accountant, supervisor)
             upstream = Upstream()
             stack.push_async_callback(upstream.close)
-            self._open_relays(
-                Services(
-                    accountant, self.registry, upstream, metrics, self._observations, self.config.server.max_body_bytes
-                )
+            limit = self.config.server.max_body_bytes
+            services = Services(
+                accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect
             )
-            supervisor = await self._start_backends(stack, run_dir, accountant, metrics)
-            sampler = await self._start_meters(stack, accountant, supervisor)
-            metrics.observe(partial(self._snapshot, accountant, sampler))
+            self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
+            metrics.watch(partial(self._snapshot, accountant, sampler))
             render = metrics.render if self.config.server.metrics else None
             pages.state.context = Context(
                 self.registry, accountant, store, sampler.status, render, started=int(time.time())
             )
             self.started.set()
             yield
+
+    def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
+        energy = self.config.energy
+        terms = Accounting(energy.boundary, energy.pue or 1.0, self._intensity, devices={})
+        recorder = None
+        if self._record is not None:
+            recorder = Recorder(self._record, max_bytes=_TRACE_BYTES, backups=_TRACE_BACKUPS)
+            stack.callback(recorder.close)
+        accountant = Accountant(
+            Ledger(known_only=True),
+            terms,
+            self.registry.places(),
+            sinks=[sink],
+            record=recorder.record if recorder else None,
+        )
+        stack.callback(accountant.close)
+        return accountant
+
+    async def _start_backends(self, stack: AsyncExitStack, accountant: Accountant) -> Supervisor:
+        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joulegate-")))
+        supervisor = Supervisor(self.specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant))
+        sockets = {supervisor.steps_socket: [spec.name for spec in self.specs if spec.steps is None]}
+        sockets |= {Path(spec.steps): [spec.name] for spec in self.specs if spec.steps is not None}
+        for path, names in sockets.items():
+            receiver = StepReceiver(
+                path, backends=names, on_steps=accountant.steps, on_loss=accountant.lost, on_state=_ignore_state
+            )
+            await receiver.start()
+            stack.push_async_callback(receiver.close)
+        await supervisor.start()
+        stack.push_async_callback(supervisor.close)
+        return supervisor
+
+    async def _start_meters(self, stack: AsyncExitStack, accountant: Accountant, supervisor: Supervisor) -> Sampler:
+        self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
+        for problem in self.discovery.problems:
+            log.warning("no %s meter: %s Cure: %s", problem.meter, problem.why, problem.cure)
+        loop = asyncio.get_running_loop()
+
+        def observe(events: Sequence[Event]) -> None:
+            tick(self._observations, now())
+            accountant.observe(events)
+
+        def emit(events: Sequence[Event]) -> None:
+            """From the sampler's thread; what comes after the loop has closed is of no use to anyone."""
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(observe, events)
+
+        hz = self.config.energy.sample_hz
+        sampler = Sampler(self.discovery.meters, emit, hz=hz, our_pids=partial(_our_pids, supervisor))
+        sampler.start()
+        stack.push_async_callback(asyncio.to_thread, sampler.stop)
+        return sampler
+
+    def _backend_changed(self, accountant: Accountant, status: BackendStatus) -> None:
+        was_loading = status.name in self.registry.states and self._loading(status.name)
+        self.registry.update(status)
+        self._changed.set()
+        if self._loading(status.name) != was_loading:
+            devices = self.registry.models[status.name].places
+            accountant.apply(BackendState(status.name, devices, now(), loading=not was_loading))
+
+    def _snapshot(self, accountant: Accountant, sampler: Sampler) -> OperationsSnapshot:
+        return OperationsSnapshot(
+            devices=accountant.ledger.devices(),
+            meters=sampler.status(),
+            backends={name: name not in self.registry.missing() for name in self.registry.models},
+            intensity=accountant.terms.intensity,
+            step_reports=accountant.reports,
+            step_reports_lost=accountant.reports_lost,
+        )
+
+
+class _Sink:
+    """Settled receipts go to the store and to the metrics."""
+
+    def __init__(self, store: ReceiptStore, metrics: Metrics) -> None:
+        self._store = store
+        self._metrics = metrics
+
+    def settled(self, receipt: Receipt, provisional: Receipt | None) -> None:
+        self._store.put(receipt)
+        told = provisional.figures.parts.total if provisional and provisional.figures else None
+        self._metrics.receipt_settled(receipt, told)
+
+    def still_provisional(self, receipt: Receipt) -> None:
+        self._store.put(receipt)
+
+
+def _our_pids(supervisor: Supervisor) -> Mapping[str, Sequence[int]]:
+    return {PROXY: [os.getpid()], **{name: [pid] for name, pid in supervisor.pids().items()}}
+
+
+def _ignore_state(backend: str, state: LoadingState) -> None:
+    """The supervisor knows from the health check when a backend has loaded; its own word adds nothing."""

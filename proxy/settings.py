@@ -20,8 +20,9 @@ def meter_settings(meters: Meters) -> MeterSettings:
 def carbon_intensity(carbon: Carbon) -> Intensity:
     """The grid's intensity; raises ConfigError for a zone that the data does not have."""
     try:
-        return grid.intensity(
+        source = grid.intensity_source(
             carbon.source, country=carbon.country, region=carbon.region, grams_per_kwh=carbon.grams_per_kwh
         )
     except ValueError as error:
         raise ConfigError(f"energy.carbon: {error}") from error
+    return source.current()

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +46,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the data path works with; put together in `proxy.app`. `observations` are the virtual steps under way."""
+    """What the data path works with; put together in `proxy.app`. `observations` are the virtual steps under way, `suspect` has
+    a backend's health checked now.
+    """
 
     accountant: Accountant
     registry: Registry
@@ -53,6 +56,7 @@ class Services:
     observer: Observer
     observations: set[Observation]
     max_body_bytes: int
+    suspect: Callable[[str], None]
 
 
 def tick(observations: set[Observation], at: Nanoseconds) -> None:
@@ -152,6 +156,7 @@ class Exchange:
             answer = await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
         except Unreachable as error:
             log.warning("backend %s does not answer: %s", self._route.backend, error)
+            self._services.suspect(self._route.backend)
             await self._fail(Unavailable(f"The backend of model '{self._model}' is not answering."))
             return
         try:
