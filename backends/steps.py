@@ -398,7 +398,7 @@ class StepReceiver:
 
     async def start(self) -> None:
         """Listen. Raises OSError when the socket cannot be made, or not in private."""
-        _make_private(self.path)
+        _make_way(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             listener.bind(str(self.path))
@@ -497,13 +497,18 @@ def _peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def _make_private(path: Path) -> None:
-    """See to it that only this user can reach `path`, and that nothing stale stands there."""
+def private_directory(path: Path) -> None:
+    """Make `path` a folder only this user can enter. Raises OSError if it is one that others can."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise OSError(f"{path}: must belong to user id {os.geteuid()} with mode 0700 (chmod 700 {path})")
+
+
+def _make_way(path: Path) -> None:
+    """See to it that only this user will reach the socket at `path`, and that nothing stale stands there."""
     if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
         raise OSError(f"{path}: longer than the {_UNIX_PATH_BYTES} bytes a Unix socket's path may have")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = path.parent.stat()
-    if directory.st_uid != os.geteuid() or directory.st_mode & 0o077:
-        raise OSError(f"{path.parent}: must belong to user id {os.geteuid()} with mode 0700 (chmod 700 {path.parent})")
+    private_directory(path.parent)
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         path.unlink()
