@@ -8,23 +8,26 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from backends.supervisor import BackendStatus, Supervisor
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from backends.kinds import kind_of
+from backends.spec import BackendKind
 from backends.steps import LoadingState, StepReceiver
+from backends.supervisor import BackendStatus, Supervisor
 from proxy.accounting import PROXY, Accountant, now
 from proxy.api.auth import Authenticator
 from proxy.api.context import Context
 from proxy.api.edge import Edge
 from proxy.api.pages import create_pages
+from proxy.api.receipts import encode_receipt
 from proxy.config import Config
 from proxy.energy.events import BackendState, Event
 from proxy.energy.ledger import Ledger
@@ -61,12 +64,22 @@ class Node:
     come in; the models load meanwhile.
     """
 
-    def __init__(self, config: Config, *, record: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        record: Path | None = None,
+        kinds: Callable[[str], BackendKind] = kind_of,
+        discovery: Discovery | None = None,
+    ) -> None:
+        """`kinds` and `discovery` put other backends and meters in the place of this machine's, for tests."""
         self.config = config
         self.started = asyncio.Event()
         self.specs = [model.spec() for model in config.models]
-        self.registry = Registry(self.specs)
-        self.discovery = Discovery([], [])
+        self._kinds = kinds
+        self.registry = Registry(self.specs, kinds)
+        self.discovery = discovery or Discovery([], [])
+        self._discover = discovery is None
         self._intensity = carbon_intensity(config.energy.carbon)
         self._record = record
         self._changed = asyncio.Event()
@@ -97,10 +110,11 @@ class Node:
     @asynccontextmanager
     async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = ReceiptStore(self.config.store.url)
+            store = ReceiptStore(self.config.store.url, encode_receipt)
             stack.callback(store.close)
             metrics = Metrics(self.registry.models)
             accountant = self._accountant(stack, _Sink(store, metrics))
+            self.balances = accountant.ledger.devices
             supervisor = await self._start_backends(stack, accountant)
             sampler = await self._start_meters(stack, accountant, supervisor)
             upstream = Upstream()
@@ -137,7 +151,9 @@ class Node:
 
     async def _start_backends(self, stack: AsyncExitStack, accountant: Accountant) -> Supervisor:
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joulegate-")))
-        supervisor = Supervisor(self.specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant))
+        supervisor = Supervisor(
+            self.specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant), kinds=self._kinds
+        )
         sockets = {supervisor.steps_socket: [spec.name for spec in self.specs if spec.steps is None]}
         sockets |= {Path(spec.steps): [spec.name] for spec in self.specs if spec.steps is not None}
         for path, names in sockets.items():
@@ -151,7 +167,8 @@ class Node:
         return supervisor
 
     async def _start_meters(self, stack: AsyncExitStack, accountant: Accountant, supervisor: Supervisor) -> Sampler:
-        self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
+        if self._discover:
+            self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
         for problem in self.discovery.problems:
             log.warning("no %s meter: %s Cure: %s", problem.meter, problem.why, problem.cure)
         loop = asyncio.get_running_loop()

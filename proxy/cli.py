@@ -3,12 +3,15 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 import typer
 
 from proxy.errors import ConfigError, JoulegateError
+
+if TYPE_CHECKING:
+    from proxy.config import Config
 
 app = typer.Typer(
     name="joulegate",
@@ -92,7 +95,7 @@ def replay(trace: Path) -> None:
     run_replay(trace, sys.stdout)
 
 
-def _configuration(path: Path | None):
+def _configuration(path: Path | None) -> "Config":
     from proxy.config import Config, load  # noqa: PLC0415
 
     return load(path) if path is not None else Config()

@@ -143,7 +143,7 @@ class Config(_Section):
     auth: Auth = Auth()
     store: Store = Store()
     energy: Energy = Energy()
-    models: Annotated[list[Model], Field(default_factory=_starter_models)]
+    models: list[Model] = Field(default_factory=_starter_models)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Config":

@@ -2,25 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import Request
 
 from proxy.accounting import Accountant
 from proxy.routing.registry import Registry
-
-
-class StoredReceipts(Protocol):
-    """Where receipts are found when memory no longer has them: their `energy` object and whose they are."""
-
-    def get(self, id: str) -> "StoredReceipt | None": ...
-
-
-class StoredReceipt(Protocol):
-    @property
-    def key(self) -> str | None: ...
-    @property
-    def object(self) -> dict[str, Any]: ...
+from proxy.store.receipts import ReceiptStore
 
 
 class MeterUp(Protocol):
@@ -40,7 +28,7 @@ class Context:
 
     registry: Registry
     accountant: Accountant
-    store: StoredReceipts
+    store: ReceiptStore
     meters: Callable[[], Sequence[MeterUp]]
     render_metrics: Callable[[], bytes] | None
     started: int

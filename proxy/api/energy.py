@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from proxy.api.context import Context, context
-from proxy.api.receipts import receipt_object
+from proxy.api.receipts import encode_receipt
 from proxy.energy.attribution import DeviceBalance
 from proxy.energy.quantities import Microjoules, joules
 from proxy.errors import NotFound
@@ -19,16 +19,16 @@ _WAIT_SECONDS = 2.0
 @router.get("/receipts/{id}", summary="The energy, carbon and provenance of one request")
 async def retrieve_receipt(
     id: str, request: Request, here: Here, wait: Annotated[Literal["settled"] | None, Query()] = None
-) -> dict[str, Any]:
+) -> Response:
     """`?wait=settled` waits for the settled figures, two seconds at most; what is known then is returned."""
     accountant = here.accountant
     found = await accountant.settled_receipt(id, _WAIT_SECONDS) if wait else accountant.receipt(id)
     if found is not None:
-        return _if_theirs(request, id, found.request.key, receipt_object(found))
+        return _if_theirs(request, id, found.request.key, encode_receipt(found))
     stored = await run_in_threadpool(here.store.get, id)
     if stored is None:
         raise _no_receipt(id)
-    return _if_theirs(request, id, stored.key, stored.object)
+    return _if_theirs(request, id, stored.key, stored.document)
 
 
 @router.get("/devices", summary="The metered devices and their books")
@@ -59,10 +59,10 @@ def _device_row(balance: DeviceBalance, state: Any) -> dict[str, Any]:
     }
 
 
-def _if_theirs(request: Request, id: str, key: str | None, found: dict[str, Any]) -> dict[str, Any]:
+def _if_theirs(request: Request, id: str, key: str | None, document: bytes) -> Response:
     """A receipt for its owner or an admin; others learn nothing, not even that it exists."""
     if request.scope.get("joulegate.admin") or request.scope.get("joulegate.key") == key:
-        return found
+        return Response(document, media_type="application/json")
     raise _no_receipt(id)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from proxy.relay.endpoints import ENDPOINTS, Endpoint
 
-_REQUIRED = {
+_REQUIRED: dict[str, dict[str, Any]] = {
     "chat": {"messages": {"type": "array", "items": {"type": "object"}}},
     "completion": {"prompt": {"type": "string"}},
     "classification": {"input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}},

@@ -1,13 +1,12 @@
 """Which backend serves a model: decided from the backends' last known states, without any I/O."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from backends.kinds import kind_of
+from backends.spec import BackendKind, BackendSpec, Task
 from backends.supervisor import BackendStatus
-
-from backends.spec import BackendSpec, Task
 from proxy.energy.receipt import HOST
 from proxy.errors import InvalidRequest, NotFound, Unavailable
 from proxy.relay.endpoints import Endpoint
@@ -43,8 +42,8 @@ class ServedModel:
 class Registry:
     """The models there are and the state of their backends; the supervisor keeps it up to date by `update`."""
 
-    def __init__(self, specs: Iterable[BackendSpec]) -> None:
-        self._models = {spec.name: _served(spec) for spec in specs}
+    def __init__(self, specs: Iterable[BackendSpec], kinds: Callable[[str], BackendKind] = kind_of) -> None:
+        self._models = {spec.name: _served(spec, kinds(spec.kind)) for spec in specs}
         self._states: dict[str, BackendStatus] = {}
         self._authorizations = {name: _authorization(model.spec) for name, model in self._models.items()}
 
@@ -111,8 +110,7 @@ def unknown_model(name: str, models: Iterable[str]) -> NotFound:
     return NotFound(message, param="model", code="model_not_found")
 
 
-def _served(spec: BackendSpec) -> ServedModel:
-    kind = kind_of(spec.kind)
+def _served(spec: BackendSpec, kind: BackendKind) -> ServedModel:
     reports = kind.reports_steps or (spec.kind == "remote" and spec.steps is not None)
     return ServedModel(spec, tuple(kind.tasks), reports)
 
