@@ -163,8 +163,8 @@ class DeviceBook:
         scale = energy / (idle + loading + predicted)
         active = energy - idle * scale
         foreign = scene.use.foreign * active
-        ours = (active - foreign) * predicted / (predicted + loading)
-        return idle * scale, foreign, active - foreign - ours, ours
+        rest = max(active - foreign, 0.0) / (predicted + loading)
+        return idle * scale, foreign, loading * rest, predicted * rest
 
     def _by_processes(self, scene: _Scene, entries: Floats) -> Floats:
         """Where CPU time tells each backend's part, it prices the split between backends; predictions do within one."""
@@ -174,7 +174,7 @@ class DeviceBook:
         owner_backend = scene.steps.backend[scene.steps.owner]
         predicted = np.bincount(owner_backend, weights=entries, minlength=len(self._backend_names))
         wanted = np.array([shares.get(name, 0.0) for name in self._backend_names]) * (predicted > 0)
-        if wanted.sum() <= 0:
+        if wanted.sum() <= 1e-9:
             return entries
         factor = np.divide(wanted, predicted, out=np.zeros_like(predicted), where=predicted > 0)
         priced: Floats = entries * (factor * (predicted.sum() / wanted.sum()))[owner_backend]
