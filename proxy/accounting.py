@@ -250,8 +250,9 @@ class Accountant:
         return self._ledger
 
     @property
-    def open_requests(self) -> int:
-        return len(self._in_flight)
+    def unsettled(self) -> int:
+        """How many requests are open or not settled yet."""
+        return len(self._unsettled)
 
     def close(self) -> None:
         """The end: settle everything with what was measured."""

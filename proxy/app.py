@@ -83,6 +83,7 @@ class Node:
         self._intensity = carbon_intensity(config.energy.carbon)
         self._record = record
         self._changed = asyncio.Event()
+        self.context: Context | None = None
         self._relays: dict[str, Relay] = {}
         self._observations: set[Observation] = set()
         self.asgi = self._around(create_pages(self._lifespan, version("joulegate")))
@@ -114,7 +115,6 @@ class Node:
             stack.callback(store.close)
             metrics = Metrics(self.registry.models)
             accountant = self._accountant(stack, _Sink(store, metrics))
-            self.balances = accountant.ledger.devices
             supervisor = await self._start_backends(stack, accountant)
             sampler = await self._start_meters(stack, accountant, supervisor)
             upstream = Upstream()
@@ -126,9 +126,8 @@ class Node:
             self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
             metrics.watch(partial(self._snapshot, accountant, sampler))
             render = metrics.render if self.config.server.metrics else None
-            pages.state.context = Context(
-                self.registry, accountant, store, sampler.status, render, started=int(time.time())
-            )
+            self.context = Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
+            pages.state.context = self.context
             self.started.set()
             yield
 

@@ -1,5 +1,6 @@
 """The real proxy on a real socket, with the stand-in engine as its backends and a meter whose truth is known."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
@@ -17,12 +18,15 @@ from proxy.meter.discover import Discovery
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
+from proxy.api.context import Context
 from proxy.app import Node
 from proxy.config import parse
 from proxy.energy.attribution import DeviceBalance
 from proxy.energy.quantities import Microjoules, Watts, microjoules
 from proxy.meter.base import Meter, Reading
 from tests.backends.fake_kind import FakeKind
+
+T = TypeVar("T")
 
 MODELS = [
     {"name": "chat", "backend": {"kind": "vllm", "model": "fake", "devices": [0]}},
@@ -69,6 +73,28 @@ class Proxy:
     url: str
     node: Node
     client: httpx.Client
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def context(self) -> Context:
+        assert self.node.context is not None
+        return self.node.context
+
+    def on_loop(self, call: Callable[[], T]) -> T:
+        """Do something where the proxy does everything: on its event loop."""
+
+        async def there() -> T:
+            return call()
+
+        return asyncio.run_coroutine_threadsafe(there(), self.loop).result(20)
+
+    def settled(self) -> bool:
+        """Whether no request is open or unsettled."""
+        return self.on_loop(lambda: self.context.accountant.unsettled == 0)
+
+    def stored(self) -> list[dict[str, Any]]:
+        """All receipts in the store, as JSON objects."""
+        return [json.loads(row.document) for row in self.context.store.list(limit=1000).receipts]
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return self.client.post(path, json=body, headers=headers)
@@ -93,7 +119,7 @@ class Proxy:
 
     def check_law(self) -> list[DeviceBalance]:
         """The conservation law on every device, now."""
-        balances = self.node.balances()
+        balances = self.on_loop(self.context.accountant.ledger.devices)
         for balance in balances:
             assert balance.residual == 0, balance
         return balances
@@ -123,18 +149,19 @@ def running(
     document = {"models": models or MODELS, "store": {"url": f"sqlite:///{tmp_path}/receipts.db"}, **config}
     found = [SteadyMeter(), SteadyMeter("host", 50.0, kind="rapl")] if meters is None else meters
     node = Node(parse(document, source="test"), record=record, kinds=kinds, discovery=Discovery(found, []))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, asyncio.Runner() as runner:
         port = listening.getsockname()[1]
         settings = uvicorn.Config(node.asgi, http="httptools", lifespan="on", log_config=None, access_log=False)
         server = uvicorn.Server(settings)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        loop = runner.get_loop()
+        thread = threading.Thread(target=runner.run, args=[server.serve([listening])], daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{port}"
         try:
             with httpx.Client(base_url=url, timeout=30) as client:
                 if wait:
                     until(lambda: _ready(client))
-                proxy = Proxy(url, node, client)
+                proxy = Proxy(url, node, client, loop)
                 yield proxy
                 if found:
                     proxy.check_law()

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.harness import Proxy, running, until
+from tests.e2e.harness import running, until
 
 
 def bodies(number: int) -> tuple[str, dict[str, Any]]:
@@ -40,18 +40,14 @@ async def crowd(url: str, size: int) -> list[str]:
     return ids
 
 
-def settled(proxy: Proxy) -> bool:
-    return proxy.node.open_accounts() == 0
-
-
 def test_receipts_and_the_other_accounts_equal_the_meters_delta_exactly(tmp_path: Path) -> None:
     with running(tmp_path, energy={"boundary": "node"}) as proxy:
         proxy.check_law()
         ids = asyncio.run(crowd(proxy.url, 60))
         proxy.check_law()
-        until(lambda: settled(proxy))
+        until(proxy.settled)
         balances = {balance.device: balance for balance in proxy.check_law()}
-        stored = proxy.node.stored_receipts()
+        stored = proxy.stored()
         for device, part in (("gpu:0", "gpu"), ("host", "host")):
             receipts = sum(round(receipt["parts"][part] * 1e6) for receipt in stored)
             assert receipts == balances[device].requests > 0
@@ -62,7 +58,7 @@ def test_receipts_and_the_other_accounts_equal_the_meters_delta_exactly(tmp_path
 def test_the_metrics_tell_the_same(tmp_path: Path) -> None:
     with running(tmp_path) as proxy:
         asyncio.run(crowd(proxy.url, 20))
-        until(lambda: settled(proxy))
+        until(proxy.settled)
         for device in ("gpu:0", "host"):
             assert proxy.metric("joulegate_conservation_residual_joules", device=device) == 0
         chat = proxy.metric("joulegate_energy_joules_total", model="chat", task="chat", part="gpu")
