@@ -14,7 +14,7 @@ ENGINES = {"torch", "vllm", "diffusers", "transformers", "xllamacpp"}
 MAY_IMPORT = {
     "proxy/energy": {"proxy.energy"},
     "proxy/meter": {"proxy.meter", "proxy.energy", "proxy.trace"},
-    "proxy/store": {"proxy.store", "proxy.energy", "proxy.api.receipts"},
+    "proxy/store": {"proxy.store", "proxy.energy", "proxy.errors"},
     "proxy/export": {"proxy.export", "proxy.energy"},
     "proxy/routing": {"proxy.routing", "proxy.energy", "proxy.relay.endpoints", "proxy.errors", "backends"},
 }
