@@ -124,7 +124,7 @@ class Node:
                 accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect
             )
             self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
-            metrics.watch(partial(self._snapshot, accountant, sampler))
+            metrics.watch(partial(self._snapshot, accountant, sampler, store))
             render = metrics.render if self.config.server.metrics else None
             self.context = Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
             pages.state.context = self.context
@@ -195,7 +195,7 @@ class Node:
             devices = self.registry.models[status.name].places
             accountant.apply(BackendState(status.name, devices, now(), loading=not was_loading))
 
-    def _snapshot(self, accountant: Accountant, sampler: Sampler) -> OperationsSnapshot:
+    def _snapshot(self, accountant: Accountant, sampler: Sampler, store: ReceiptStore) -> OperationsSnapshot:
         return OperationsSnapshot(
             devices=accountant.ledger.devices(),
             meters=sampler.status(),
@@ -203,6 +203,7 @@ class Node:
             intensity=accountant.terms.intensity,
             step_reports=accountant.reports,
             step_reports_lost=accountant.reports_lost,
+            store=store.health(),
         )
 
 

@@ -62,7 +62,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "hi"}])
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="chat", messages="hi")  # type: ignore[call-overload] # on purpose
+        client.chat.completions.create(model="chat", messages="hi")  # type: ignore[arg-type] # on purpose
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(model="chat", messages=[{"role": "user", "content": "hi [[status=429]]"}])
     with pytest.raises(openai.APIError):
