@@ -4,11 +4,13 @@ from typing import Any
 
 from proxy.relay.endpoints import ENDPOINTS, Endpoint
 
+_MESSAGES = {"messages": {"type": "array", "items": {"type": "object"}}}
 _REQUIRED: dict[str, dict[str, Any]] = {
-    "chat": {"messages": {"type": "array", "items": {"type": "object"}}},
-    "completion": {"prompt": {"type": "string"}},
-    "classification": {"input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}},
-    "image": {"prompt": {"type": "string"}},
+    "/v1/chat/completions": _MESSAGES,
+    "/v1/messages": _MESSAGES,
+    "/v1/messages/count_tokens": _MESSAGES,
+    "/v1/completions": {"prompt": {"type": "string"}},
+    "/v1/images/generations": {"prompt": {"type": "string"}},
 }
 _ERRORS = {
     "400": "Invalid request",
@@ -58,7 +60,7 @@ def model_paths() -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    required = _REQUIRED[endpoint.task]
+    required = _REQUIRED.get(endpoint.path, {})
     properties = {"model": {"type": "string"}, "stream": {"type": ["boolean", "null"]}, **required}
     schema = {"type": "object", "required": list(required), "properties": properties, "additionalProperties": True}
     headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from proxy.energy.receipt import Tokens
+from proxy.errors import ApiError
 from proxy.relay import splice, sse
 
 
@@ -87,7 +88,11 @@ class Dialect(Protocol):
 
     def answer(self, carrier: bytes) -> Answer: ...
     def with_energy(self, carrier: bytes, energy: bytes) -> bytes: ...
-    def error_event(self, envelope: bytes) -> bytes: ...
+    def envelope(self, error: ApiError) -> bytes:
+        """The body of an error's answer."""
+        ...
+
+    def error_event(self, error: ApiError) -> bytes: ...
     def terminal_event(self) -> bytes:
         """What ends a stream whose backend did not end it."""
         ...
@@ -117,8 +122,11 @@ class OpenAI:
     def with_energy(self, carrier: bytes, energy: bytes) -> bytes:
         return sse.with_payload(carrier, splice.append_member(sse.payload(carrier), b"energy", energy))
 
-    def error_event(self, envelope: bytes) -> bytes:
-        return b"data: " + envelope + b"\n\n"
+    def envelope(self, error: ApiError) -> bytes:
+        return error.encode()
+
+    def error_event(self, error: ApiError) -> bytes:
+        return b"data: " + error.encode() + b"\n\n"
 
     def terminal_event(self) -> bytes:
         return b"data: [DONE]\n\n"
@@ -129,13 +137,14 @@ class Named:
     """Streams of events with a `type` each: images, Responses, Anthropic messages.
 
     `carriers` and `terminals` are the types of events; `inside` names the member that holds the answer (Responses).
+    `closing` ends a stream that its backend did not end.
     """
 
     name: str
     carriers: tuple[bytes, ...]
     terminals: tuple[bytes, ...]
-    error_type: bytes = b"error"
     inside: str | None = None
+    closing: bytes = b""
 
     def suspects(self, run: bytes) -> bool:
         return any(mark in run for mark in (*self.carriers, *self.terminals))
@@ -158,11 +167,15 @@ class Named:
             data = splice.append_member(data, b"energy", energy)
         return sse.with_payload(carrier, data)
 
-    def error_event(self, envelope: bytes) -> bytes:
-        return b"event: error\ndata: " + splice.append_member(envelope, b"type", b'"error"') + b"\n\n"
+    def envelope(self, error: ApiError) -> bytes:
+        return error.encode_anthropic() if self.name == "anthropic" else error.encode()
+
+    def error_event(self, error: ApiError) -> bytes:
+        data = splice.append_member(self.envelope(error), b"type", b'"error"')
+        return b"event: error\ndata: " + data + b"\n\n"
 
     def terminal_event(self) -> bytes:
-        return b""
+        return self.closing
 
 
 def _event_type(event: bytes) -> bytes:
@@ -181,4 +194,9 @@ RESPONSES: Dialect = Named(
     terminals=(b"response.completed", b"response.incomplete", b"response.failed"),
     inside="response",
 )
-ANTHROPIC: Dialect = Named("anthropic", carriers=(b"message_delta",), terminals=(b"message_stop",))
+ANTHROPIC: Dialect = Named(
+    "anthropic",
+    carriers=(b"message_delta",),
+    terminals=(b"message_stop",),
+    closing=b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+)

@@ -34,18 +34,14 @@ class CompletionHead(Head, kw_only=True):
     prompt: str | list[Any]
 
 
-class InputHead(Head, kw_only=True):
-    input: str | list[Any]
-
-
 class ClassifyHead(Head, kw_only=True):
     """vLLM's: `input` for text, `messages` for a chat that is to be classified."""
 
-    input: str | list[Any] | msgspec.UnsetType = msgspec.UNSET
-    messages: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    input: str | list[Any] | None = None
+    messages: list[msgspec.Raw] | None = None
 
     def __post_init__(self) -> None:
-        if self.input is msgspec.UNSET and self.messages is msgspec.UNSET:
+        if self.input is None and self.messages is None:
             raise ValueError("Object missing required field `input`")
 
 
@@ -70,15 +66,25 @@ def _endpoint(path: str, task: str, served_by: set[Task], head: type[Head], dial
     return Endpoint(path, task, frozenset(served_by), dialect, msgspec.json.Decoder(head).decode)
 
 
+_POOLING: set[Task] = {"embedding", "classification", "score"}
+
 _TABLE = [
     _endpoint("/v1/chat/completions", "chat", {"chat"}, ChatHead),
     _endpoint("/v1/completions", "completion", {"chat"}, CompletionHead),
+    _endpoint("/v1/responses", "chat", {"chat"}, Head, RESPONSES),
+    _endpoint("/v1/messages", "chat", {"chat"}, ChatHead, ANTHROPIC),
+    _endpoint("/v1/messages/count_tokens", "tokenization", {"chat"}, ChatHead, ANTHROPIC),
+    _endpoint("/v1/embeddings", "embedding", {"embedding"}, Head),
     _endpoint("/classify", "classification", {"classification"}, ClassifyHead),
     _endpoint("/v1/classify", "classification", {"classification"}, ClassifyHead),
+    _endpoint("/pooling", "embedding", _POOLING, Head),
+    _endpoint("/score", "score", {"score"}, Head),
+    _endpoint("/rerank", "score", {"score"}, Head),
+    _endpoint("/v1/rerank", "score", {"score"}, Head),
+    _endpoint("/tokenize", "tokenization", {"chat", *_POOLING}, Head),
+    _endpoint("/detokenize", "tokenization", {"chat", *_POOLING}, Head),
     _endpoint("/v1/images/generations", "image", {"image"}, ImageHead, IMAGES),
 ]
 
 #: By path, exactly as it is requested.
 ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in _TABLE}
-
-__all__ = ["ANTHROPIC", "ENDPOINTS", "RESPONSES", "Endpoint", "Head"]

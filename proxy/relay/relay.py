@@ -46,8 +46,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the data path works with; put together in `proxy.app`. `observations` are the virtual steps under way, `suspect` has
-    a backend's health checked now.
+    """What the data path works with; put together in `proxy.app`.
+
+    `observations` are the virtual steps under way, `suspect` has a backend's health checked now.
     """
 
     accountant: Accountant
@@ -84,7 +85,7 @@ class Relay:
             pass
         except ApiError as error:
             code = error.status
-            await reply.error(error, [])
+            await reply.error(error, [], self._endpoint.dialect.envelope(error))
         finally:
             self._services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
 
@@ -248,11 +249,12 @@ class Exchange:
     async def _close_stream(self, sifter: Sifter, error: ApiError | None) -> None:
         receipt = self._finish("failed" if error else "completed", sifter.answer())
         energy = encode_receipt(receipt) if self._call.headers.energy_body else None
-        await self._reply.end(sifter.close(energy, error.encode() if error else None))
+        await self._reply.end(sifter.close(energy, error))
 
     async def _fail(self, error: ApiError) -> None:
         receipt = self._finish("failed", Told())
-        await self._reply.error(error, receipt_headers(receipt))
+        body = self._call.endpoint.dialect.envelope(error)
+        await self._reply.error(error, receipt_headers(receipt), body)
 
     def _finish(self, outcome: Outcome, told: Told) -> Receipt:
         """End the request's work in the books, with what the backend told of it."""

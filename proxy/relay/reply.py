@@ -53,10 +53,11 @@ class Reply:
         await self.head(status, headers)
         await self.end(data)
 
-    async def error(self, error: ApiError, headers: RawHeaders) -> None:
+    async def error(self, error: ApiError, headers: RawHeaders, body: bytes | None = None) -> None:
+        """`body` is the error in another envelope than OpenAI's."""
         own = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
         kind = (b"content-type", b"application/json")
-        await self.whole(error.status, [kind, *own, *headers], error.encode())
+        await self.whole(error.status, [kind, *own, *headers], error.encode() if body is None else body)
 
     async def refuse(self, error: ApiError) -> None:
         """An error of a request that did no work: nothing to account for."""

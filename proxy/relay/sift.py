@@ -1,5 +1,6 @@
 """The end of a stream: hold back the event that carries usage and the one that ends it, until the receipt is known."""
 
+from proxy.errors import ApiError
 from proxy.relay import sse
 from proxy.relay.dialects import Answer, Dialect, Role
 
@@ -27,7 +28,7 @@ class Sifter:
     def answer(self) -> Answer:
         return Answer() if self._carrier is None else self._dialect.answer(self._carrier)
 
-    def close(self, energy: bytes | None, error: bytes | None = None) -> bytes:
+    def close(self, energy: bytes | None, error: ApiError | None = None) -> bytes:
         """The last bytes of the stream: carrier with the receipt, error, energy comment, terminal event."""
         carrier = self._carrier if self._show_carrier else None
         if carrier is not None and energy is not None:

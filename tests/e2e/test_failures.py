@@ -123,7 +123,9 @@ def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
         assert answer.status_code == 413
         error(answer)
         endless = proxy.client.post(
-            "/v1/chat/completions", content=(b"x" * 100 for _ in range(100)), headers={"Content-Type": "application/json"}
+            "/v1/chat/completions",
+            content=(b"x" * 100 for _ in range(100)),
+            headers={"Content-Type": "application/json"},
         )
         assert endless.status_code == 413
         assert proxy.post("/v1/chat/completions", chat("hi")).status_code == 200

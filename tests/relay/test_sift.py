@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.errors import UpstreamFailed
 from proxy.relay.dialects import ANTHROPIC, IMAGES, OPENAI, RESPONSES, Dialect
 from proxy.relay.sift import Sifter
 from proxy.relay.sse import EventCutter
@@ -92,5 +93,5 @@ def test_how_the_bytes_are_cut_changes_nothing(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dialect", [OPENAI, IMAGES, RESPONSES, ANTHROPIC])
 def test_a_failed_stream_tells_the_error_then_the_energy(dialect: Dialect) -> None:
-    out = Sifter(dialect, True).close(ENERGY, b'{"error":{"message":"gone"}}')
+    out = Sifter(dialect, True).close(ENERGY, UpstreamFailed("gone"))
     assert out.index(b"gone") < out.index(b": energy ")
