@@ -142,16 +142,16 @@ def _figures(attempts: Sequence[Attribution], accounting: Accounting) -> Figures
         accuracy_ratio=_accuracy(shares, accounting),
         method=_method(attempts, meters, accounting),
         meters=dict(sorted(meters.items(), key=lambda item: (item[0] == HOST, item[0]))),
-        attribution_ratio=_attribution_ratio([share for name, share in shares if name != HOST] or [s for _, s in shares]),
+        attribution_ratio=_attribution_ratio(
+            [share for name, share in shares if name != HOST] or [s for _, s in shares]
+        ),
         operational=operational,
         equivalents=equivalents(energy, operational),
     )
 
 
 def _shares(attempts: Sequence[Attribution], accounting: Accounting) -> list[tuple[str, DeviceShare]]:
-    return [
-        (name, share) for attempt in attempts for name, share in attempt.devices.items() if accounting.within(name)
-    ]
+    return [(name, share) for attempt in attempts for name, share in attempt.devices.items() if accounting.within(name)]
 
 
 def _parts(attempts: Sequence[Attribution], accounting: Accounting) -> Parts:
