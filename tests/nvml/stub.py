@@ -1,9 +1,10 @@
-"""The C stand-in for libnvidia-ml.so.1, built and driven from Python. Reusable: see `nvml_stub` in tests/nvml/fixtures.py.
+"""The C stand-in for libnvidia-ml.so.1, built and driven from Python: see `nvml_stub` in tests/nvml/fixtures.py.
 
 The power of each simulated GPU is a function of time that the test writes as it goes (`busy`, `watts`); the counter is
 its integral, so that `energy()` says the truth for any span.
 """
 
+import itertools
 import os
 import subprocess
 import time
@@ -80,7 +81,7 @@ class NvmlStub:
     def energy(self, began: float, ended: float, gpu: int = 0) -> float:
         """The joules that the GPU truly used between two monotonic times (seconds)."""
         points = [*self.gpus[gpu].watts, (float("inf"), 0.0)]
-        spans = zip(points, points[1:], strict=False)
+        spans = itertools.pairwise(points)
         return sum(watts * max(0.0, min(until, ended) - max(at, began)) for (at, watts), (until, _) in spans)
 
     def set(self, key: str, value: object, gpu: int = 0) -> None:
