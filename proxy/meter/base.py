@@ -7,7 +7,23 @@ from proxy.energy.quantities import Microjoules, Watts
 
 
 class MeterError(Exception):
-    """A reading failed. The message says what failed and how to cure it. Never replaced by a 0."""
+    """A reading failed, or a meter is not to be had. `why` and `cure` are sentences' parts; `str()` joins them.
+
+    Never replaced by a 0.
+    """
+
+    def __init__(self, why: str, cure: str = "") -> None:
+        super().__init__(f"{why}; cure: {cure}" if cure else why)
+        self.why = why
+        self.cure = cure
+
+
+class MeterProblem(NamedTuple):
+    """A meter that this machine could have and has not: `meter` is a kind (`rapl`) or a device (`gpu:1`)."""
+
+    meter: str
+    why: str
+    cure: str
 
 
 class Reading(NamedTuple):

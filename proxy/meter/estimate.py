@@ -52,8 +52,8 @@ class EstimateMeter:
             name, power = _codecarbon_power()
         except Exception as error:
             raise MeterError(
-                f"CodeCarbon's power models could not be used ({type(error).__name__}: {error}); "
-                "cure: install the version that constraints.txt pins"
+                f"CodeCarbon's power models could not be used ({type(error).__name__}: {error})",
+                cure="install the version that constraints.txt pins",
             ) from error
         return cls(name, power)
 
@@ -72,7 +72,7 @@ class EstimateMeter:
             return self._power()
         except Exception as error:
             raise MeterError(
-                f"the CPU's load could not be read ({type(error).__name__}: {error}); cure: make /proc/stat readable"
+                f"the CPU's load could not be read ({type(error).__name__}: {error})", cure="make /proc/stat readable"
             ) from error
 
     def close(self) -> None:

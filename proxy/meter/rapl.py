@@ -122,8 +122,8 @@ def _open_zones(root: Path) -> Sequence[Zone]:
     zones = list(_counted_zones(root))
     if not zones:
         raise MeterError(
-            f"no RAPL package below {root}; cure: on bare metal, load the kernel module (modprobe intel_rapl_msr); "
-            "virtual machines have no RAPL, and containers see it only where the host's directory is mounted"
+            f"no RAPL package below {root} (virtual machines have none)",
+            cure="on bare metal: modprobe intel_rapl_msr; in a container: mount the host's directory",
         )
     try:
         for zone in zones:
@@ -170,7 +170,8 @@ def _mirrors(zone: Zone, other: Zone) -> bool:
 def _meter_error(error: OSError | ValueError, path: Path) -> MeterError:
     if isinstance(error, PermissionError):
         return MeterError(
-            f"RAPL may not be read ({path}: permission denied); cure: sudo chmod -R a+r /sys/class/powercap/intel-rapl*"
-            " (until the next boot; a udev rule or systemd-tmpfiles line makes it last), or run with CAP_DAC_READ_SEARCH"
+            f"RAPL may not be read ({path}: permission denied)",
+            cure="sudo chmod -R a+r /sys/class/powercap/intel-rapl* (until the next boot; a udev rule makes it last), "
+            "or run with CAP_DAC_READ_SEARCH",
         )
-    return MeterError(f"RAPL could not be read ({path}: {error}); cure: see whether the kernel still lists it (dmesg)")
+    return MeterError(f"RAPL could not be read ({path}: {error})", cure="see in dmesg why the kernel dropped it")
