@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from backends import diffusers, transformers
 from backends.spec import BackendKind, BackendSpec
 from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE, LoadingState, StepReceiver, StepReport

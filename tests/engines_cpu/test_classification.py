@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from backends.transformers.batching import MOST_PADDED_PER_TOKEN, pick
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.transformers.batching import MOST_PADDED_PER_TOKEN, pick
 from tests.engines_cpu.conftest import Server, error_of, new_id
 
 LONGEST = 64  # positions of the tiny model
@@ -275,9 +275,7 @@ def test_no_text_reaches_the_log(classifier: Server) -> None:
     most_tokens=st.integers(1, 8192),
     most_sequences=st.integers(1, 64),
 )
-def test_a_batch_has_the_oldest_and_keeps_every_bound(
-    sizes: list[int], most_tokens: int, most_sequences: int
-) -> None:
+def test_a_batch_has_the_oldest_and_keeps_every_bound(sizes: list[int], most_tokens: int, most_sequences: int) -> None:
     chosen = pick(sizes, most_tokens, most_sequences)
     assert chosen[0] == 0
     assert chosen == sorted(set(chosen))

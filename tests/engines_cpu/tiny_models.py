@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "a the film is was good bad great awful red blue cat dog on of with".split()
+WORDS = ["a", "the", "film", "is", "good", "bad", "great", "awful", "red", "blue", "cat", "dog", "on", "of", "with"]
 TEXTS = ["the film is great", "awful", "a good film with a bad dog on the red cat"]
 POSITIONS = 64
 
