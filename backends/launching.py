@@ -134,6 +134,8 @@ def _environment(spec: BackendSpec) -> Mapping[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.devices)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
     }
     if spec.python:
         root = str(Path(__file__).resolve().parent.parent)

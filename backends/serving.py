@@ -116,14 +116,14 @@ def translated(error: BaseException) -> ApiError:
 # --- requests ---
 
 
-async def read_json(request: Request, schema: type[Schema], limit: int) -> Schema:
-    """The body as `schema`. Raises ApiError: 400 for what is not JSON or not of it, 413 beyond `limit` bytes."""
+async def read_json(request: Request, decoder: msgspec.json.Decoder[Schema], limit: int) -> Schema:
+    """The body as `decoder` has it. Raises ApiError: 400 for what is not JSON or not of it, 413 beyond `limit` bytes."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise invalid(f"The body must be application/json, not {kind[:100]!r}.")
     body = await _bounded_body(request, limit)
     try:
-        return msgspec.json.decode(body, type=schema)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -213,7 +213,7 @@ class JobQueue(Generic[AnyJob]):
         self._seconds_per_job = 0.0
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return sum(not job.abandoned.is_set() for job in list(self._jobs))
 
     def put(self, jobs: Sequence[AnyJob]) -> int:
         """Add all of `jobs`, and return how many wait before them. Raises ApiError (429) if they do not all fit."""

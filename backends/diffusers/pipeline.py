@@ -41,7 +41,7 @@ def load(arguments: argparse.Namespace, reporter: StepReporter) -> "ImageEngine"
     pipeline = _pipeline_class(arguments).from_pretrained(
         arguments.model,
         use_safetensors=True,
-        torch_dtype=_dtype(arguments),
+        dtype=_dtype(arguments),
         variant=arguments.variant,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,

@@ -11,7 +11,7 @@ from backends.diffusers.drawing import Drawing
 from backends.serving import invalid
 
 _MOST_PROMPT = 32_000
-_SEEDS = 2**63
+_LARGEST_SEED = 2**63 - 1
 
 Text = Annotated[str, msgspec.Meta(max_length=_MOST_PROMPT)]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -45,7 +45,10 @@ class ImageRequest(msgspec.Struct):
     negative_prompt: Text | None = None
     num_inference_steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=_SEEDS)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SEED)] | None = None
+
+
+REQUEST = msgspec.json.Decoder(ImageRequest)
 
 
 @dataclass(frozen=True, slots=True)

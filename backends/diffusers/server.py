@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from backends.diffusers import OPTIONS
 from backends.diffusers.drawing import Drawing, DrawingJob, Drawn, Order, Preview, Progress
-from backends.diffusers.schema import ImageRequest, Look, understood, usage
+from backends.diffusers.schema import REQUEST, Look, understood, usage
 from backends.launching import parser
 from backends.serving import (
     Handler,
@@ -52,7 +52,7 @@ def generations(host: "Host[ImageEngine]", arguments: argparse.Namespace) -> Han
 
     async def generate(request: Request) -> Response:
         engine = host.engine
-        asked = await read_json(request, ImageRequest, arguments.max_body_bytes)
+        asked = await read_json(request, REQUEST, arguments.max_body_bytes)
         check_model(asked.model, arguments.name)
         drawing, look = understood(asked, engine.abilities)
         events = Events()

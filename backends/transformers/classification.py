@@ -29,6 +29,9 @@ class ClassificationRequest(msgspec.Struct):
     activation: bool | None = None  # the former name of `use_activation`
 
 
+REQUEST = msgspec.json.Decoder(ClassificationRequest)
+
+
 class ClassificationData(msgspec.Struct):
     index: int
     label: str | None
@@ -65,7 +68,7 @@ def posts(host: "Host[Encoder]", arguments: argparse.Namespace) -> Mapping[str, 
 
     async def classify(request: Request) -> Response:
         engine = host.engine
-        asked = await read_json(request, ClassificationRequest, arguments.max_body_bytes)
+        asked = await read_json(request, REQUEST, arguments.max_body_bytes)
         check_model(asked.model, arguments.name)
         shown, attributed = request_id(request)
         sequences = await _sequences(asked, engine, host.queue.capacity)
