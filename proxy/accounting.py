@@ -118,7 +118,7 @@ class Accountant:
         terms: Accounting,
         places: Mapping[str, tuple[str, ...]],
         sinks: Sequence[ReceiptSink] = (),
-        record: Callable[[Event], None] | None = None,
+        record: Callable[[Sequence[Event]], None] | None = None,
     ) -> None:
         self._ledger = ledger
         self.terms = terms
@@ -179,7 +179,7 @@ class Accountant:
             log.warning("the ledger refused an event: %s", error)
             return
         if self._record is not None:
-            self._record(event)
+            self._record((event,))
 
     def observe(self, events: Iterable[Event]) -> None:
         """Take what the meters said, after the proxy's own work until now, and settle what can be settled."""

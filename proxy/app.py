@@ -27,7 +27,6 @@ from proxy.api.auth import Authenticator
 from proxy.api.context import Context
 from proxy.api.edge import Edge
 from proxy.api.pages import create_pages
-from proxy.api.receipts import encode_receipt
 from proxy.config import Config
 from proxy.energy.events import BackendState, Event
 from proxy.energy.ledger import Ledger
@@ -36,19 +35,17 @@ from proxy.export.metrics import Metrics
 from proxy.export.snapshot import OperationsSnapshot
 from proxy.meter.discover import Discovery, discover
 from proxy.meter.sampler import Sampler
+from proxy.recorder import Recorder
 from proxy.relay.endpoints import ENDPOINTS
 from proxy.relay.observe import Observation
 from proxy.relay.relay import Relay, Services, tick
 from proxy.relay.upstream import Upstream
 from proxy.routing.registry import Registry
-from proxy.settings import carbon_intensity, meter_settings
+from proxy.settings import carbon_intensity, meter_settings, receipt_store
 from proxy.store.receipts import ReceiptStore
-from proxy.trace import Recorder
 
 log = logging.getLogger("joulegate")
 
-_TRACE_BYTES = 256 * 1024 * 1024
-_TRACE_BACKUPS = 4
 #: Headers of ours that a page of another origin may read, where such pages are allowed at all.
 _EXPOSED = [
     "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
@@ -68,7 +65,7 @@ class Node:
         self,
         config: Config,
         *,
-        record: Path | None = None,
+        recorder: Recorder | None = None,
         kinds: Callable[[str], BackendKind] = kind_of,
         discovery: Discovery | None = None,
     ) -> None:
@@ -80,8 +77,9 @@ class Node:
         self.registry = Registry(self.specs, kinds)
         self.discovery = discovery or Discovery([], [])
         self._discover = discovery is None
+        self._store = receipt_store(config.store)
         self._intensity = carbon_intensity(config.energy.carbon)
-        self._record = record
+        self._recorder = recorder
         self._changed = asyncio.Event()
         self.context: Context | None = None
         self._relays: dict[str, Relay] = {}
@@ -111,7 +109,7 @@ class Node:
     @asynccontextmanager
     async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = ReceiptStore(self.config.store.url, encode_receipt)
+            store = self._store
             stack.callback(store.close)
             metrics = Metrics(self.registry.models)
             accountant = self._accountant(stack, _Sink(store, metrics))
@@ -134,16 +132,14 @@ class Node:
     def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
         energy = self.config.energy
         terms = Accounting(energy.boundary, energy.pue or 1.0, self._intensity, devices={})
-        recorder = None
-        if self._record is not None:
-            recorder = Recorder(self._record, max_bytes=_TRACE_BYTES, backups=_TRACE_BACKUPS)
-            stack.callback(recorder.close)
+        if self._recorder is not None:
+            stack.callback(self._recorder.close)
         accountant = Accountant(
             Ledger(known_only=True),
             terms,
             self.registry.places(),
             sinks=[sink],
-            record=recorder.record if recorder else None,
+            record=self._recorder.record if self._recorder else None,
         )
         stack.callback(accountant.close)
         return accountant

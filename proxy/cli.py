@@ -9,6 +9,7 @@ import click
 import typer
 
 from proxy.errors import ConfigError, JoulegateError
+from proxy.trace import TraceError
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -25,10 +26,6 @@ ConfigOption = Annotated[
 ]
 
 
-class Failed(JoulegateError):
-    """A command that could not do its work: exit code 1."""
-
-
 def main() -> None:
     """Run the command line; ends the process with its exit code."""
     command = typer.main.get_command(app)
@@ -39,9 +36,12 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _stop(error.format_message(), 2)
+    except TraceError as error:
+        typer.echo(str(error), err=True)  # TRACE:LINE: reason, to the letter
+        sys.exit(2)
     except ConfigError as error:
         _stop(str(error), 2)
-    except (Failed, OSError) as error:
+    except (JoulegateError, OSError) as error:
         _stop(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
@@ -74,8 +74,10 @@ def serve(
 def check_config(file: Path) -> None:
     """Say whether a configuration can be used."""
     from proxy.config import load  # noqa: PLC0415
+    from proxy.settings import check  # noqa: PLC0415
 
     loaded = load(file)
+    check(loaded)
     typer.echo(f"{file}: ok, {len(loaded.models)} models")
 
 

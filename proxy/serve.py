@@ -12,6 +12,7 @@ from rich.console import Console
 from proxy.app import Node
 from proxy.config import Config
 from proxy.errors import JoulegateError
+from proxy.recorder import Recorder
 from proxy.routing.registry import ServedModel
 
 _GRACE_SECONDS = 10
@@ -55,7 +56,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
-    node = Node(config, record=record)
+    node = Node(config, recorder=Recorder(record) if record else None)
     server = uvicorn.Server(
         uvicorn.Config(
             node.asgi,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 import uvicorn
+from proxy.meter.discover import Discovery
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
@@ -23,7 +24,7 @@ from proxy.config import parse
 from proxy.energy.attribution import DeviceBalance
 from proxy.energy.quantities import Microjoules, Watts, microjoules
 from proxy.meter.base import Meter, Reading
-from proxy.meter.discover import Discovery
+from proxy.recorder import Recorder
 from tests.backends.fake_kind import FakeKind
 
 T = TypeVar("T")
@@ -148,7 +149,8 @@ def running(
     """Run a proxy with stand-in backends; the law is checked when it ends."""
     document = {"models": models or MODELS, "store": {"url": f"sqlite:///{tmp_path}/receipts.db"}, **config}
     found = [SteadyMeter(), SteadyMeter("host", 50.0, kind="rapl")] if meters is None else meters
-    node = Node(parse(document, source="test"), record=record, kinds=kinds, discovery=Discovery(found, []))
+    recorder = Recorder(record) if record else None
+    node = Node(parse(document, source="test"), recorder=recorder, kinds=kinds, discovery=Discovery(found, []))
     with socket.create_server(("127.0.0.1", 0)) as listening, asyncio.Runner() as runner:
         port = listening.getsockname()[1]
         settings = uvicorn.Config(node.asgi, http="httptools", lifespan="on", log_config=None, access_log=False)
