@@ -1,0 +1,1 @@
+"""Inference engines as supervised child processes; never imports the proxy."""
