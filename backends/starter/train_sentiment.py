@@ -24,7 +24,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,7 +69,7 @@ class Recipe:
     vocabulary: int = 16_000
     layers: int = 1
     hidden: int = 128
-    epochs: int = 5
+    epochs: int = 4
     crop: int = 256
     short_share: float = 0.3
     mask_share: float = 0.15
@@ -426,8 +426,7 @@ class Material:
 def prepare(training: Sequence[Review], recipe: Recipe) -> Material:
     tokenizer = train_tokenizer([review.text for review in training], recipe.vocabulary)
     tokens = tokenizer([review.text for review in training], add_special_tokens=False, verbose=False)["input_ids"]
-    hard = np.array([review.label for review in training])
-    hard = hard * (1 - recipe.smoothing) + recipe.smoothing / 2
+    hard = np.array([smoothed(review.label, recipe) for review in training])
     targets = recipe.teacher_share * teacher_probabilities(training) + (1 - recipe.teacher_share) * hard
     return Material(tokenizer, tokens, targets)
 
@@ -438,8 +437,13 @@ def epoch_examples(material: Material, recipe: Recipe, rng: random.Random) -> li
     examples = [Example(framed(crop(tokens, recipe, rng)), float(target)) for tokens, target in pairs]
     texts, labels = zip(*(template(rng) for _ in range(recipe.templates_per_epoch)), strict=True)
     ids = material.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    smooth = [recipe.smoothing / 2 + label * (1 - recipe.smoothing) for label in labels]
-    return examples + [Example(framed(tokens), target) for tokens, target in zip(ids, smooth, strict=True)]
+    return examples + [
+        Example(framed(tokens), smoothed(label, recipe)) for tokens, label in zip(ids, labels, strict=True)
+    ]
+
+
+def smoothed(label: int, recipe: Recipe) -> float:
+    return label * (1 - recipe.smoothing) + recipe.smoothing / 2
 
 
 def framed(tokens: list[int]) -> list[int]:
@@ -454,17 +458,17 @@ def crop(tokens: list[int], recipe: Recipe, rng: random.Random) -> list[int]:
     return [MASK if rng.random() < recipe.mask_share else token for token in piece]
 
 
-def batches(examples: list[Example], batch_tokens: int, rng: random.Random) -> Iterator[Batch]:
+def batched(examples: list[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
     """All examples once in random order, similar lengths together, at most `batch_tokens` padded tokens each."""
-    examples = sorted(examples, key=lambda example: len(example.tokens) + rng.random() * 16)
+    jitter = 16  # neighbours in length differ from epoch to epoch
     groups: list[list[Example]] = [[]]
-    for example in examples:
-        longest = max([len(example.tokens), *(len(other.tokens) for other in groups[-1][-1:])]) + 16
+    for example in sorted(examples, key=lambda example: len(example.tokens) + rng.random() * jitter):
+        longest = jitter + max(len(other.tokens) for other in (example, *groups[-1][-1:]))
         if longest * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
         groups[-1].append(example)
     rng.shuffle(groups)
-    return map(collate, groups)
+    return groups
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -479,16 +483,14 @@ def train(material: Material, recipe: Recipe) -> ModernBertForSequenceClassifica
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    epochs = [
-        list(batches(epoch_examples(material, recipe, rng), recipe.batch_tokens, rng)) for _ in range(recipe.epochs)
-    ]
+    epochs = [batched(epoch_examples(material, recipe, rng), recipe.batch_tokens, rng) for _ in range(recipe.epochs)]
     total = sum(map(len, epochs))
     optimizer = make_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.06 * total), total)
     for number, epoch in enumerate(epochs, 1):
         losses = []
-        for batch in epoch:
-            losses.append(training_step(model, optimizer, batch))
+        for examples in epoch:
+            losses.append(training_step(model, optimizer, collate(examples)))
             schedule.step()
             average.update_parameters(model)
         log.info("epoch %d/%d: %d steps, loss %.4f", number, recipe.epochs, len(epoch), np.mean(losses))
