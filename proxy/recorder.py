@@ -1,23 +1,35 @@
 """`joulegate serve --record`: the ledger's events, as they come in, as a trace on disk that may be left on.
 
-The callers only append to a bounded queue; a thread of its own encodes, writes and rotates. What does not fit, or cannot
-be written, is dropped and counted, and the trace says so (`loss`). Every file of a rotation can be replayed alone: it
-begins with the devices, and with the requests and loadings under way.
+The callers only append to a bounded queue; a thread of its own encodes, writes and rotates. What does not fit, or
+cannot be written, is dropped and counted, and the trace says so (`loss`). Files hold whole lines only, even on a full
+disk. Each file of a rotation can be replayed alone: it begins with the devices, requests and loadings under way.
 
-A trace holds request ids, times and amounts of work; no prompts, keys or addresses. Files are readable by their owner only.
+A trace holds request ids, times and amounts of work; no prompts, keys or addresses. Only its owner may read it.
 """
 
+import itertools
 import logging
 import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
-from proxy.energy.events import UNKNOWN_REQUEST, BackendState, Device, Event, Finish, Loss, Start, Step
+from proxy.energy.events import (
+    UNKNOWN_REQUEST,
+    BackendState,
+    Device,
+    Event,
+    Finish,
+    Loss,
+    Model,
+    Processes,
+    Sample,
+    Start,
+    Step,
+)
 from proxy.errors import JoulegateError
 from proxy.trace import encode
 
@@ -27,6 +39,7 @@ MAX_BYTES = 128 * 1024 * 1024
 BACKUPS = 4
 QUEUE_LIMIT = 100_000
 FLUSH_SECONDS = 0.25
+RETRY_SECONDS = 1.0
 LOG_PAUSE = 60.0
 
 #: Ids of requests of which a step may still be reported after they finished.
@@ -54,10 +67,10 @@ class Recorder:
         self._queue_limit = queue_limit
         self._lost_steps: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._told_at = float("-inf")
+        self._retry_at = self._told_at = float("-inf")
         self._stopping = threading.Event()
         try:
-            self._files.open([])
+            self._files.open()
         except OSError as error:
             raise RecordingError(f"cannot record to {path}: {error.strerror}") from error
         self._thread = threading.Thread(target=self._run, name="joulegate-recorder", daemon=True)
@@ -67,10 +80,15 @@ class Recorder:
         """Take events in, in the order the ledger gets them. From any thread; never blocks on the disk."""
         with self._lock:
             if self._queued + len(events) > self._queue_limit:
-                self._lose(events)
-                return
+                events = self._without_the_bulk(events)
             self._queue.append(events)
             self._queued += len(events)
+
+    def _without_the_bulk(self, events: Sequence[Event]) -> Sequence[Event]:
+        """What a full queue still takes: not steps and samples, which come by the thousand; nothing when it overflows."""
+        bulk = (Step, Sample, Processes) if self._queued < 2 * self._queue_limit else object
+        self._lose(event for event in events if isinstance(event, bulk))
+        return [event for event in events if not isinstance(event, bulk)]
 
     def close(self) -> None:
         """Write what is queued and end. The trace is complete when this returns."""
@@ -80,16 +98,36 @@ class Recorder:
 
     def _run(self) -> None:
         while not self._stopping.wait(FLUSH_SECONDS):
-            self._flush()
+            if time.monotonic() >= self._retry_at:
+                self._flush()
         self._flush()
 
     def _flush(self) -> None:
-        events = self._take()
+        chunk, events = bytearray(), list[Event]()
+        if not self._files.is_open:
+            self._files.next(self._state.head())
+        for event in self._take():
+            recordable = self._state.recordable(event)
+            if recordable is None:
+                continue
+            line = encode(recordable)
+            if self._files.is_full_with(len(chunk), len(line)):
+                self._write(bytes(chunk), events)
+                chunk, events = bytearray(), []
+                self._files.next(self._state.head())
+            chunk += line
+            events.append(event)
+            self._state.note(event)
+        self._write(bytes(chunk), events)
+
+    def _write(self, chunk: bytes, events: Sequence[Event]) -> None:
         if not events:
             return
         try:
-            self._files.write(self._lines(events), self._state)
+            self._files.write(chunk)
         except OSError as error:
+            self._files.close()
+            self._retry_at = time.monotonic() + RETRY_SECONDS
             with self._lock:
                 self._lose(events)
             self._tell(error)
@@ -101,7 +139,7 @@ class Recorder:
             losses: list[Event] = [Loss(backend, count) for backend, count in self._lost_steps.items()]
             self._queued = 0
             self._lost_steps = Counter()
-        return losses + [event for batch in batches for event in batch]
+        return [*losses, *itertools.chain.from_iterable(batches)]
 
     def _lose(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -110,10 +148,6 @@ class Recorder:
                 self._lost_steps[event.backend] += 1
             elif isinstance(event, Loss):
                 self._lost_steps[event.backend] += event.reports
-
-    def _lines(self, events: Iterable[Event]) -> Iterator[bytes]:
-        for event in events:
-            yield encode(self._state.as_recorded(event))
 
     def _tell(self, error: OSError) -> None:
         now = time.monotonic()
@@ -137,17 +171,26 @@ class _State:
         self._loading: dict[tuple[str, tuple[str, ...]], BackendState] = {}
         self._known: OrderedDict[str, None] = OrderedDict()
 
-    def head(self) -> list[bytes]:
-        return [encode(event) for event in (*self._devices.values(), *self._loading.values(), *self._open.values())]
+    def head(self) -> bytes:
+        events: list[Event] = [*self._devices.values(), *self._loading.values(), *self._open.values()]
+        return b"".join(encode(event) for event in events)
 
-    def as_recorded(self, event: Event) -> Event:
-        """Note what the event changes, and rid it of what only the live ledger may meet.
+    def recordable(self, event: Event) -> Event | None:
+        """The event rid of what only the live ledger may meet; None for one of a device that is not declared.
 
-        That is steps on devices without a meter, and ids that the proxy never gave: a replay would take them for
-        requests, while the live ledger books them as nobody's.
+        That is devices without a meter, and ids that the proxy never gave: a replay would take them for requests, while
+        the live ledger books them as nobody's.
         """
         if isinstance(event, Step):
             return self._replayable(event)
+        if isinstance(event, BackendState):
+            return replace(event, devices=self._metered(event.devices))
+        if isinstance(event, Sample | Processes | Model) and event.device not in self._devices:
+            return None
+        return event
+
+    def note(self, event: Event) -> None:
+        """Remember what the next file must begin with once this event is written."""
         if isinstance(event, Device):
             self._devices[event.device] = event
         elif isinstance(event, Start):
@@ -155,8 +198,7 @@ class _State:
         elif isinstance(event, Finish):
             self._open.pop(event.request, None)
         elif isinstance(event, BackendState):
-            return self._load(event)
-        return event
+            self._load(replace(event, devices=self._metered(event.devices)))
 
     def _begin(self, event: Start) -> None:
         self._open[event.request] = event
@@ -164,14 +206,12 @@ class _State:
         while len(self._known) > REMEMBERED_REQUESTS + len(self._open):
             self._known.popitem(last=False)
 
-    def _load(self, event: BackendState) -> BackendState:
-        event = replace(event, devices=self._metered(event.devices))
+    def _load(self, event: BackendState) -> None:
         key = (event.backend, event.devices)
         if event.loading:
             self._loading[key] = event
         else:
             self._loading.pop(key, None)
-        return event
 
     def _replayable(self, step: Step) -> Step:
         known, devices = self._known, self._metered(step.devices)
@@ -185,45 +225,63 @@ class _State:
 
 
 class _Files:
-    """The file being written, and the full ones before it."""
+    """The file being written, and the full ones before it. Methods raise OSError."""
 
     def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
         self.path = path
         self._max_bytes = max_bytes
         self._backups = backups
-        self._file: BinaryIO | None = None
+        self._head = b""
+        self._file = -1
         self._size = 0
         self._head_size = 0
 
-    def write(self, lines: Iterable[bytes], state: _State) -> None:
-        """Write lines, to the next file where this one is full, and flush. Raises OSError."""
-        for line in lines:
-            if self._file is None or (self._size + len(line) > self._max_bytes and self._size > self._head_size):
-                self.open(state.head())
-            self._put(line)
-        if self._file is not None:
-            self._file.flush()
+    @property
+    def is_open(self) -> bool:
+        return self._file >= 0
 
-    def open(self, head: Sequence[bytes]) -> None:
-        """Begin a new file with `head`; the one before becomes a backup."""
+    def is_full_with(self, pending: int, line: int) -> bool:
+        """A line longer than a whole file gets a file of its own."""
+        has_content = self._size + pending > self._head_size
+        return has_content and self._size + pending + line > self._max_bytes
+
+    def next(self, head: bytes) -> None:
+        """What is written from now on goes to a new file that begins with `head`."""
         self.close()
+        self._head = head
+
+    def open(self) -> None:
+        """Begin the new file; the one before becomes a backup."""
         self._rotate()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._file = open(descriptor, "wb")  # noqa: SIM115 - closed by close()
-        self._size = 0
-        for line in head:
-            self._put(line)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._put(self._head)
+        except OSError:
+            self.close()
+            raise
         self._head_size = self._size
 
-    def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
+    def write(self, lines: bytes) -> None:
+        """All of `lines`, or none of them."""
+        if not self.is_open:
+            self.open()
+        self._put(lines)
 
-    def _put(self, line: bytes) -> None:
-        assert self._file is not None
-        self._file.write(line)
-        self._size += len(line)
+    def close(self) -> None:
+        file, self._file, self._size, self._head_size = self._file, -1, 0, 0
+        if file >= 0:
+            os.close(file)
+
+    def _put(self, lines: bytes) -> None:
+        rest = memoryview(lines)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(lines)
 
     def _rotate(self) -> None:
         if not self.path.exists() or self.path.stat().st_size == 0 or not self._backups:

@@ -4,9 +4,10 @@ from collections.abc import Collection
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from proxy.energy.quantities import Microjoules, Watts
+from proxy.errors import JoulegateError
 
 
-class MeterError(Exception):
+class MeterError(JoulegateError):
     """A reading failed, or a meter is not to be had. `why` and `cure` are sentences' parts; `str()` joins them.
 
     Never replaced by a 0.
