@@ -117,7 +117,7 @@ def translated(error: BaseException) -> ApiError:
 
 
 async def read_json(request: Request, decoder: msgspec.json.Decoder[Schema], limit: int) -> Schema:
-    """The body as `decoder` has it. Raises ApiError: 400 for what is not JSON or not of it, 413 beyond `limit` bytes."""
+    """The body, decoded. Raises ApiError: 400 for what is not JSON or not of the schema, 413 beyond `limit` bytes."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         raise invalid(f"The body must be application/json, not {kind[:100]!r}.")
@@ -213,7 +213,8 @@ class JobQueue(Generic[AnyJob]):
         self._seconds_per_job = 0.0
 
     def __len__(self) -> int:
-        return sum(not job.abandoned.is_set() for job in list(self._jobs))
+        with self._changed:
+            return sum(not job.abandoned.is_set() for job in self._jobs)
 
     def put(self, jobs: Sequence[AnyJob]) -> int:
         """Add all of `jobs`, and return how many wait before them. Raises ApiError (429) if they do not all fit."""

@@ -90,6 +90,7 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(launch.command, env=environment, stdout=log, stderr=log)
         self.url = f"http://127.0.0.1:{port}"
+        self.statuses: list[int] = []
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def wait_until_ready(self) -> list[int]:
@@ -131,7 +132,7 @@ def serving(spec: BackendSpec) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as directory:
         server = Server(spec, Path(directory))
         try:
-            server.wait_until_ready()
+            server.statuses = server.wait_until_ready()
             yield server
         finally:
             server.close()

@@ -218,9 +218,9 @@ def test_a_client_that_hangs_up_takes_its_waiting_work_along(classifier: Server)
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(classifier.post, "/classify", {"input": [[4] * LONGEST] * 1900}, blocker)
         classifier.recorder.wait_for(blocker, 1)
+        body = {"input": [[4] * LONGEST] * 100}
         with pytest.raises(httpx.ReadTimeout):
-            headers = {"X-Request-Id": gone}
-            classifier.http.post("/classify", json={"input": [[4] * LONGEST] * 100}, headers=headers, timeout=0.05)
+            classifier.http.post("/classify", json=body, headers={"X-Request-Id": gone}, timeout=0.1)
         classifier.post("/classify", {"input": [5]}, last)
         long.result()
     classifier.recorder.wait_for(last, 1)
@@ -251,6 +251,10 @@ def test_work_without_an_id_of_the_proxy_is_reported_as_nobodys(classifier: Serv
     response = classifier.http.post("/classify", json={"input": [5]}, headers={"X-Request-Id": given_id})
     assert response.status_code == 200
     assert classifier.recorder.wait_for("", before + 1)[-1].requests == [""]
+
+
+def test_health_says_that_the_model_is_being_loaded(classifier: Server) -> None:
+    assert classifier.statuses == [503, 200]
 
 
 def test_loading_and_warm_up_are_told_before_the_first_request(classifier: Server) -> None:

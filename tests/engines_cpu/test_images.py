@@ -1,4 +1,4 @@
-"""The Diffusers engine server, on a stock Stable Diffusion pipeline: OpenAI's schema, step reports, streams, cancellation."""
+"""The Diffusers engine server on a stock Stable Diffusion pipeline: answers, step reports, streams, cancellation."""
 
 import base64
 import io
