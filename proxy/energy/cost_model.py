@@ -19,6 +19,7 @@ _POWER_SECONDS = 20.0
 _SOLVE_EVERY = 10
 _ERROR_KEPT = 0.99
 _EAGER_WINDOWS = 100
+_EVIDENCE = 20
 
 
 class CostModels:
@@ -40,6 +41,11 @@ class CostModels:
         if self._busy_watts is not None:
             return self._busy_watts
         return idle_watts / IDLE_GUESS if idle_watts else 1.0
+
+    @property
+    def knows_costs(self) -> bool:
+        """Whether predictions have a scale and some evidence behind them."""
+        return self._windows >= _EVIDENCE
 
     # --- prices ---
 

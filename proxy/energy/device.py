@@ -11,6 +11,7 @@ from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.cost_model import IDLE_GUESS, CostModels
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
+from proxy.energy.lag import LagEstimate
 from proxy.energy.pending import Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import PROXY_INDEX, UNATTRIBUTED, Registry
@@ -51,7 +52,7 @@ class DeviceBook:
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
         self._registry = registry
-        self._timeline = Timeline()
+        self._timeline, self._lag = Timeline(), LagEstimate()
         self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
         self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
         self._last_work = -(1 << 62)
@@ -77,6 +78,7 @@ class DeviceBook:
         self._models.learn_durations(new.where(~self._is_timed(new)))
         new.predicted[:] = predicted = self._price(new)
         self.pending_steps.join(new)
+        self._lag.ran(new, predicted)
         settled = self._settled_fraction(new)[new.owner]
         np.add.at(self.tallies.awaited, new.slot, predicted * (1 - settled))
         np.add.at(self.tallies.lost, new.slot, predicted * settled)
@@ -132,6 +134,9 @@ class DeviceBook:
         window = scene.window
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
+        if self._models.knows_costs:
+            self._lag.compare(window.ticked_start, window.ticked_end, window.energy, self._idle_watts())
+            self._timeline.lag = self._lag.nanoseconds
         if scene.busy:
             self._learn_costs(scene)
         elif (

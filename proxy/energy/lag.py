@@ -1,0 +1,76 @@
+"""How far a meter's counter lags behind the power it counts, learnt from how well windows fit when they are moved.
+
+A counter averages, and shows at its next tick what has been used before; a poll sees that later still. So the energy that
+a window shows was used a little earlier. For each lag of a list, the windows are compared with what the cost model says
+of the steps that ran so much earlier; the lag that fits clearly best is approached, one notch at a time.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from proxy.energy.pending import Floats, Ints, Steps
+
+_MILLISECOND = 1_000_000
+LAGS = _MILLISECOND * np.array(
+    [-20, -10, 0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 130, 160, 200, 250, 300, 350, 400, 450, 500, 550, 600]
+)  # fmt: skip
+_NONE = int(np.flatnonzero(LAGS == 0)[0])
+_KEPT_NANOSECONDS = 3_000 * _MILLISECOND
+_KEPT = 0.99
+_FEWEST_WINDOWS = 40
+_PATIENCE = 10
+#: The squared error must fall by this part before the lag moves.
+_CLEARLY = 0.03
+
+
+class LagEstimate:
+    """`nanoseconds` is the lag to assume; 0 until the windows say otherwise."""
+
+    def __init__(self) -> None:
+        self._notch = _NONE
+        self._errors: Floats = np.zeros(len(LAGS))
+        self._windows = 0
+        self._since_move = 0
+        self._steps: deque[tuple[Ints, Ints, Floats]] = deque()
+
+    @property
+    def nanoseconds(self) -> int:
+        return int(LAGS[self._notch])
+
+    def ran(self, steps: Steps, predicted: Floats) -> None:
+        """These steps were reported, with predicted microjoules per entry."""
+        self._steps.append((steps.started, steps.ended, steps.per_step(predicted)))
+
+    def compare(self, start: int, end: int, energy: float, idle_watts: float) -> None:
+        """The counter rose by `energy` microjoules between these instants (not moved by any lag)."""
+        while self._steps and int(self._steps[0][1].max()) < start - _KEPT_NANOSECONDS:
+            self._steps.popleft()
+        if not self._steps:
+            return
+        predicted = self._predict(start, end, idle_watts)
+        off = ((energy - predicted) / energy) ** 2
+        # A window in which the lag makes no difference says nothing, and one that no lag explains is an outlier.
+        if np.ptp(predicted) > 0.02 * energy and off.min() < 0.25:
+            self._errors = self._errors * _KEPT + np.minimum(off, 1.0)
+            self._windows += 1
+            self._since_move += 1
+            self._move()
+
+    def _predict(self, start: int, end: int, idle_watts: float) -> Floats:
+        started, ended, joules = (np.concatenate(column) for column in zip(*self._steps, strict=True))
+        near = (ended > start - LAGS[-1]) & (started < end - LAGS[0])
+        started, ended, joules = started[near], ended[near], joules[near]
+        begin, finish = (start - LAGS)[:, None], (end - LAGS)[:, None]
+        overlap = np.maximum(np.minimum(ended, finish) - np.maximum(started, begin), 0)
+        busy = np.minimum(overlap.sum(axis=1), end - start)
+        predicted: Floats = overlap @ (joules / (ended - started)) + idle_watts * (end - start - busy) / 1e3
+        return predicted
+
+    def _move(self) -> None:
+        if self._windows < _FEWEST_WINDOWS or self._since_move < _PATIENCE:
+            return
+        best = int(self._errors.argmin())
+        if self._errors[best] < (1 - _CLEARLY) * self._errors[self._notch]:
+            self._notch += 1 if best > self._notch else -1
+            self._since_move = 0
