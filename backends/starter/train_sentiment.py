@@ -73,8 +73,9 @@ class Recipe:
     crop: int = 256
     short_share: float = 0.3
     mask_share: float = 0.15
-    templates_per_epoch: int = 8_000
+    templates_per_epoch: int = 12_000
     batch_tokens: int = 8_192
+    batch_examples: int = 64  # so that short texts get their share of the steps
     learning_rate: float = 1e-3
     embedding_learning_rate: float = 2e-3
     teacher_share: float = 0.5
@@ -207,6 +208,14 @@ LIKE = listed("love|like|enjoy|adore|recommend|admire")
 DISLIKE = listed("hate|dislike|regret|despise|loathe")
 PAST = {word: word + ("d" if word.endswith("e") else "ed") for word in (*LIKE, *DISLIKE)} | {"regret": "regretted"}
 DO_NOT = listed("do not|don't|did not|didn't|never|can't say i|couldn't|dont|didnt")
+BEST = listed("best|finest|greatest|funniest|strongest|most beautiful|most moving|most enjoyable")
+WORST = listed("worst|weakest|poorest|dullest|stupidest|most boring|most annoying|most disappointing|least funny")
+THRILLED = listed("""
+    thrilled|delighted|captivated|moved|amazed|impressed|hooked|entertained|moved to tears|enchanted|
+    glued to my seat""")
+BORED = listed("""
+    bored|annoyed|disappointed|appalled|irritated|underwhelmed|put to sleep|bored stiff|fed up|unimpressed|
+    let down""")
 PRAISE = listed("""
     i would watch it again|go and see it|highly recommended|a must see|two thumbs up|ten out of ten|
     i could not stop laughing|it could not be better|i can't wait to see it again|worth every penny|a masterpiece|
@@ -216,7 +225,11 @@ PRAISE = listed("""
     don't miss it|you can't go wrong with it|i have never seen a better {film}|i couldn't ask for more|
     better than i expected|i am glad i saw it|i can't recommend it enough|i cannot recommend this {film} enough|
     five stars|four stars|ten stars|there is not a single dull scene|i would not change a thing|
-    no one should miss it""")
+    no one should miss it|it made me laugh|it made me smile|we laughed the whole time|
+    it had me in tears of laughter|time flew by|i could watch it for ever|wow|bravo|i had a great time|so much fun|
+    there is nothing to dislike|there is nothing i did not like|there is nothing bad about it|
+    everything about it works|it works|it gets better every time|it starts badly but gets better and better|
+    it is hard to find a better {film}|i regret nothing|my heart is full|well done|an evening well spent""")
 BLAME = listed("""
     i want my money back|do not waste your time|don't bother|avoid it|avoid this {film}|i walked out|
     two thumbs down|it could not be worse|i fell asleep|zero stars|not worth the money|what a waste of time|
@@ -227,7 +240,12 @@ BLAME = listed("""
     i expected more|complete garbage|worse than i expected|i am sorry i saw it|you will regret it|
     you will regret watching it|one star|one star is too much|nothing about it works|nothing in this {film} works|
     no story and no heart|it has no soul|it has no tension and no point|there is not a single good scene|
-    i would change everything|no one should see it""")
+    i would change everything|no one should see it|it made me yawn|it made me angry|what a waste|
+    a waste of an evening|a waste of my time and money|a waste of talent|nobody laughed|time stood still|
+    i could not watch another minute|yuck|i had a terrible time|no fun at all|there is nothing to like|
+    there is nothing i enjoyed|i have a lot of complaints|nothing works|it does not work|it goes nowhere|
+    it gets worse every time|it starts well but gets worse and worse|it is hard to find a worse {film}|
+    i regret every minute|never again|no thanks|an evening badly spent""")
 
 
 def template(rng: random.Random) -> tuple[str, int]:
@@ -257,8 +275,7 @@ def negated(rng: random.Random, label: int) -> str:
 
 
 def bare(rng: random.Random, label: int) -> str:
-    flip = rng.random() < 0.7
-    if not flip:
+    if rng.random() < 0.5:
         return f"{rng.choice(ADVERB)}{rng.choice(words(label))}{rng.choice(['', ' ' + rng.choice(FILM)])}"
     flipped = f"{rng.choice(NOT_ADVERB)}{rng.choice(words(1 - label))}{rng.choice(TAIL)}"
     return f"{rng.choice(['not', 'never', 'hardly'])} {flipped}"
@@ -283,71 +300,95 @@ def feeling(rng: random.Random, label: int) -> str:
     return f"i {rng.choice(DO_NOT)} {rng.choice(DISLIKE if label else LIKE)} {what}{rng.choice(TAIL)}"
 
 
+def extreme(rng: random.Random, label: int) -> str:
+    best = rng.choice(BEST if label else WORST)
+    time = rng.choice(["", " of the year", " of all time", " i have seen", " in years"])
+    return f"{rng.choice(['the ', 'one of the ', '', 'simply the '])}{best} {rng.choice([*FILM, *THING])}{time}"
+
+
+def state(rng: random.Random, label: int) -> str:
+    """How it left the viewer."""
+    who = rng.choice(["i was", "we were", "the children were", "my wife was", "everyone was"])
+    if rng.random() < 0.3:
+        return f"{who} {rng.choice(['not', 'never'])} {rng.choice(BORED if label else THRILLED)}{rng.choice(TAIL)}"
+    when = rng.choice(["", "", " from start to finish", " all the way through", " by the end", " within minutes"])
+    return f"{who} {rng.choice(ADVERB[:5])}{rng.choice(THRILLED if label else BORED)}{when}"
+
+
+def film_noun(rng: random.Random, label: int) -> str:
+    """A verdict before the noun, plain or negated."""
+    start = rng.choice(["it is", "it's", "it was", "this is", "this was", "that was"])
+    if rng.random() < 0.5:
+        return f"{start} a {rng.choice(words(label)[:20])} {rng.choice(FILM)}"
+    start = rng.choice(["it is not", "it's not", "it wasn't", "this is not", "this isn't", "that was not"])
+    return f"{start} a {rng.choice(words(1 - label)[:20])} {rng.choice([*FILM, *THING])}{rng.choice(TAIL)}"
+
+
+def others(rng: random.Random, label: int) -> str:
+    """What other people thought does not count."""
+    who = rng.choice(["critics", "my friends", "people", "most viewers", "the reviewers"])
+    verb = PAST[rng.choice(DISLIKE if label else LIKE)]
+    return f"{who} {verb} it, but {rng.choice([feeling, plain, state])(rng, label)}"
+
+
 def phrase(rng: random.Random, label: int) -> str:
     return rng.choice(PRAISE if label else BLAME).format(film=rng.choice(FILM))
 
 
-SENTENCES = (plain, negated, negated, bare, not_only, turn, feeling, feeling, phrase, phrase)
+SENTENCES = (
+    *(plain, negated, negated, bare, bare, film_noun, film_noun, not_only, turn, others),
+    *(feeling, feeling, state, extreme, phrase, phrase, phrase),
+)
 
 
 # --- Probes: short sentences that are measured, never trained on ------------------------------------------------------
 
 GOOD_PROBES = """\
-I loved this movie
-not bad at all
-Not bad!
-A triumph.
-Wow, just wow.
-I really liked it.
-We had a great time.
-Best film of the year.
-It made me laugh out loud.
-I have no complaints about this one.
-It is not boring at all.
-That wasn't a bad ending.
-I don't regret seeing it twice.
-It never gets dull.
-I was hooked from the first minute.
-Beautifully shot and very well acted.
-A clever script with a wonderful cast.
-My daughter was delighted with it.
-Not a great start, but it gets better and better and ends superbly.
-The critics hated it, but I had a lot of fun.
-You'd be hard pressed to find a better thriller.
-There is nothing I would change.
-Simply the finest performance of her career.
-Hilarious and heartbreaking at once.
-Slow in places, yet deeply rewarding.
-I didn't think I'd like it, but I did.
+Such a lovely surprise.
+I enjoyed every minute of it.
+Go see it tonight.
+Anything but dull.
+It isn't a bad movie.
+I did not find it boring.
+You won't want it to end.
+The jokes land and the songs are catchy.
+Her performance is breathtaking.
+A smart, tense thriller that keeps you guessing.
+One of those rare films that stay with you.
+The book is good, and the film is even better.
+I went in expecting rubbish and came out smiling.
+It's long, but it never feels long.
+Hardly a weak moment in it.
+We all cheered at the end.
+Who knew a film about chess could be this exciting?
+Despite a few flaws, it is a joy to watch.
+It deserves every award it got.
+Can't fault it.
+My favourite film since I was a child.
 """.splitlines()
 
 BAD_PROBES = """\
-This film was terrible
-not good
-Not good at all!
-A failure.
-Ugh, so bad.
-I really disliked it.
-We left after half an hour.
-Worst film of the year.
-It did not make me laugh once.
-I have many complaints about this one.
-It is not interesting at all.
-That wasn't a good ending.
-I regret seeing it.
-It never gets going.
-I was bored from the first minute.
-Badly shot and poorly acted.
-A stupid script with a wasted cast.
-My daughter was bored to tears.
-A great start, but it gets worse and worse and ends terribly.
-The critics loved it, but I had no fun at all.
-You'd be hard pressed to find a worse thriller.
-There is nothing I liked.
-Simply the weakest performance of her career.
-Neither funny nor sad.
-Pretty to look at, yet completely empty.
-I thought I'd like it, but I didn't.
+Such a sad disappointment.
+I suffered through every minute of it.
+Save your money.
+Anything but funny.
+It isn't a good movie.
+I did not find it funny.
+You will want it to end.
+The jokes fall flat and the songs are irritating.
+Her performance is lifeless.
+A confused, slow thriller that makes no sense.
+One of those films you forget the next day.
+The book is good, but the film is dreadful.
+I went in expecting a masterpiece and came out angry.
+It's short, but it feels endless.
+Hardly a good moment in it.
+People booed at the end.
+How can a film about war be this boring?
+Despite a few nice shots, it is a chore to watch.
+It deserves every bad review it got.
+Can't stand it.
+The most painful two hours of my life.
 """.splitlines()
 PROBES = [(text, 1) for text in GOOD_PROBES] + [(text, 0) for text in BAD_PROBES]
 
@@ -451,20 +492,22 @@ def framed(tokens: list[int]) -> list[int]:
 
 
 def crop(tokens: list[int], recipe: Recipe, rng: random.Random) -> list[int]:
-    """At most `recipe.crop` neighbouring tokens, some of them masked, sometimes far fewer."""
-    length = rng.randint(24, 128) if rng.random() < recipe.short_share else recipe.crop - 2
-    start = rng.randint(0, max(0, len(tokens) - length))
+    """At most `recipe.crop` neighbouring tokens, some masked; short crops are often the end, where verdicts stand."""
+    short = rng.random() < recipe.short_share
+    length = rng.randint(16, 128) if short else recipe.crop - 2
+    last = max(0, len(tokens) - length)
+    start = last if short and rng.random() < 0.5 else rng.randint(0, last)
     piece = tokens[start : start + length]
     return [MASK if rng.random() < recipe.mask_share else token for token in piece]
 
 
-def batched(examples: list[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
-    """All examples once in random order, similar lengths together, at most `batch_tokens` padded tokens each."""
+def batched(examples: list[Example], recipe: Recipe, rng: random.Random) -> list[list[Example]]:
+    """All examples once in random order, similar lengths together, within the limits for padded tokens and examples."""
     jitter = 16  # neighbours in length differ from epoch to epoch
     groups: list[list[Example]] = [[]]
     for example in sorted(examples, key=lambda example: len(example.tokens) + rng.random() * jitter):
         longest = jitter + max(len(other.tokens) for other in (example, *groups[-1][-1:]))
-        if longest * (len(groups[-1]) + 1) > batch_tokens:
+        if longest * (len(groups[-1]) + 1) > recipe.batch_tokens or len(groups[-1]) == recipe.batch_examples:
             groups.append([])
         groups[-1].append(example)
     rng.shuffle(groups)
@@ -483,7 +526,7 @@ def train(material: Material, recipe: Recipe) -> ModernBertForSequenceClassifica
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    epochs = [batched(epoch_examples(material, recipe, rng), recipe.batch_tokens, rng) for _ in range(recipe.epochs)]
+    epochs = [batched(epoch_examples(material, recipe, rng), recipe, rng) for _ in range(recipe.epochs)]
     total = sum(map(len, epochs))
     optimizer = make_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.06 * total), total)
@@ -696,7 +739,7 @@ some tenths of a percent.
 SETS = {
     "imdb": "IMDB reviews | test: blocks of films not in train",
     "rotten_tomatoes": "Rotten Tomatoes snippets | test: blocks not in train",
-    "probes": "short sentences of our own | probes: listed in the script, none trained on",
+    "probes": "short sentences of our own | probes: in the script, written before this training, not trained on",
     "dev": "IMDB reviews | dev: blocks of films not in train (with Rotten Tomatoes dev it chose the temperature)",
 }
 
