@@ -1,0 +1,183 @@
+"""The configuration: every field typed, unknown fields refused, errors that name the field's path."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from backends.spec import BackendSpec, Kind
+from proxy.energy.receipt import Boundary
+from proxy.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(_Section):
+    """Where the proxy listens. `allowed_hosts` adds names to those a Host header may give (names, not IPs)."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    allowed_hosts: list[str] = []
+    cors_origins: list[str] = []
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024 * 1024
+    metrics: bool = True
+
+
+class Key(_Section):
+    """A client's key, known by the SHA-256 of its text only."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    admin: bool = False
+
+
+class Auth(_Section):
+    required: bool = False
+    keys: list[Key] = []
+
+    @model_validator(mode="after")
+    def _keys_when_required(self) -> "Auth":
+        if self.required and not self.keys:
+            raise ValueError("required is true but there are no keys: nobody could use this proxy")
+        return self
+
+
+class Store(_Section):
+    url: str = "sqlite:///joulegate.db"
+
+
+class Carbon(_Section):
+    source: Literal["static", "codecarbon"] = "codecarbon"
+    country: str | None = None
+    region: str | None = None
+    grams_per_kwh: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _static_needs_a_figure(self) -> "Carbon":
+        if self.source == "static" and self.grams_per_kwh is None:
+            raise ValueError("source: static needs grams_per_kwh")
+        return self
+
+
+class Meters(_Section):
+    """Which meters may be used. `estimate` is CodeCarbon's guess for a host that has no meter."""
+
+    nvml: bool = True
+    rapl: bool = True
+    rapl_root: Path = Path("/sys/class/powercap")
+    estimate: bool = True
+    replay: Path | None = None
+
+
+class Energy(_Section):
+    sample_hz: Annotated[float, Field(gt=0, le=1000)] = 20.0
+    boundary: Boundary = "node"
+    pue: Annotated[float, Field(ge=1, le=10)] | None = None
+    carbon: Carbon = Carbon()
+    meters: Meters = Meters()
+
+    @model_validator(mode="after")
+    def _facility_needs_pue(self) -> "Energy":
+        if self.boundary == "facility" and self.pue is None:
+            raise ValueError("boundary: facility needs pue, the power usage effectiveness of the building (such as 1.12)")
+        return self
+
+
+class Backend(_Section):
+    kind: Kind
+    model: str | None = None
+    devices: list[Annotated[int, Field(ge=0)]] = []
+    args: dict[str, Any] = {}
+    python: str | None = None
+    trust_remote_code: bool = False
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    api_key_env: str | None = None
+    steps: str | None = None
+    startup_seconds: Annotated[float, Field(gt=0)] = 600.0
+
+    @model_validator(mode="after")
+    def _model_or_url(self) -> "Backend":
+        if self.kind == "remote" and self.url is None:
+            raise ValueError("kind: remote needs url, such as http://10.0.0.5:8000")
+        if self.kind != "remote" and self.model is None:
+            raise ValueError(f"kind: {self.kind} needs model, a path or the name of a model")
+        if self.kind != "remote" and self.url is not None:
+            raise ValueError("url belongs to kind: remote")
+        return self
+
+
+class Model(_Section):
+    name: str
+    backend: Backend
+
+    @model_validator(mode="after")
+    def _plain_name(self) -> "Model":
+        if not _NAME.fullmatch(self.name):
+            raise ValueError("name must be letters, digits and . _ / : - (at most 128)")
+        return self
+
+    def spec(self) -> BackendSpec:
+        backend = self.backend.model_dump()
+        return BackendSpec(name=self.name, **{**backend, "devices": tuple(backend["devices"])})
+
+
+def _starter_models() -> list[Model]:
+    """What is served when there is no configuration: one small model of each kind, on the CPU."""
+    return [
+        Model(name="smollm2", backend=Backend(kind="llamacpp", model="starter:smollm2")),
+        Model(name="sentiment", backend=Backend(kind="transformers", model="starter:sentiment")),
+        Model(name="painter", backend=Backend(kind="diffusers", model="starter:painter")),
+    ]
+
+
+class Config(_Section):
+    server: Server = Server()
+    auth: Auth = Auth()
+    store: Store = Store()
+    energy: Energy = Energy()
+    models: Annotated[list[Model], Field(default_factory=_starter_models)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Config":
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models: the name {name!r} stands twice")
+        return self
+
+
+def load(path: Path) -> Config:
+    """Read a YAML file; raises ConfigError with one line that names the file, the field and what it should be."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return parse({} if document is None else document, source=str(path))
+
+
+def parse(document: object, *, source: str) -> Config:
+    """Validate a parsed document; raises ConfigError."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{source}: should be a mapping of server, auth, store, energy and models")
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(dict(item)) for item in error.errors())) from error
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One problem of pydantic's as `path: what it should be`."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    reason = "there is no such field" if item["type"] == "extra_forbidden" else str(item["msg"])
+    reason = reason.removeprefix("Value error, ")
+    return f"{path}: {reason}" if path else reason

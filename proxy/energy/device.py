@@ -1,0 +1,256 @@
+"""One device's books: its windows, the steps that ran on it, and who got what of each settled window."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from proxy.energy.attribution import DeviceBalance, DeviceShare
+from proxy.energy.cost_model import IDLE_GUESS, CostModels
+from proxy.energy.events import Device, Sample
+from proxy.energy.idle import IdlePower, LastHour
+from proxy.energy.pending import Floats, PendingSteps, Steps
+from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
+from proxy.energy.registry import UNATTRIBUTED, Registry
+from proxy.energy.rounding import largest_remainder
+from proxy.energy.spans import LoadingSpans, Use, UseSpans, covered
+from proxy.energy.tallies import Tallies
+from proxy.energy.timeline import Timeline, Window
+
+#: A device of which others used less than this counts as free of foreign processes when idle power is calibrated.
+_NO_FOREIGN = 0.01
+#: Half-width of the interval of a share, relative to the part of the window that could also be others'.
+_DOUBT = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """All that matters to how one window is divided."""
+
+    window: Window
+    steps: Steps
+    overlap: Floats  # nanoseconds of each step in the window
+    busy: int
+    loading: int
+    use: Use
+
+
+class DeviceBook:
+    """Settles windows one after the other; `settled_until` is where it has got to."""
+
+    def __init__(self, device: Device, registry: Registry) -> None:
+        self.device = device
+        self.pending_steps = PendingSteps()
+        self.uses, self.loading = UseSpans(), LoadingSpans()
+        self.tallies = Tallies(registry.capacity)
+        self.windows: deque[Window] = deque()
+        self.settled_until: Nanoseconds | None = None
+        self.late_steps = 0
+        self._registry = registry
+        self._timeline = Timeline()
+        self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
+        self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
+        self._last_work = -(1 << 62)
+        self._backend_names: list[str] = []
+
+    # --- what comes in ---
+
+    def sample(self, sample: Sample) -> None:
+        first = not self._timeline.started
+        window = self._timeline.add(sample)
+        if first:
+            self.settled_until = sample.at
+        if window is not None:
+            self.windows.append(window)
+            self._pending += window.energy
+
+    def look(self) -> None:
+        """Take in the steps that arrived since the last look: predict what they cost."""
+        new = self.pending_steps.take_new()
+        self.tallies.grow(self._registry.capacity)
+        if not len(new):
+            return
+        predicted = self._models.price(new, self._idle.watts)
+        settled = self._settled_fraction(new)[new.owner]
+        np.add.at(self.tallies.awaited, new.slot, predicted * (1 - settled))
+        np.add.at(self.tallies.lost, new.slot, predicted * settled)
+        np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
+        self.late_steps += int((settled > 0).sum())
+
+    def _settled_fraction(self, steps: Steps) -> Floats:
+        if self.settled_until is None:
+            return np.zeros(len(steps))
+        return np.clip((self.settled_until - steps.started) / (steps.ended - steps.started), 0.0, 1.0)
+
+    # --- settling ---
+
+    def settle(self, backend_names: list[str]) -> None:
+        """Divide the oldest window, for good."""
+        window = self.windows.popleft()
+        self.look()
+        self._backend_names = backend_names
+        scene = self._scene(window)
+        self._learn(scene)
+        if window.energy:
+            self._divide(scene)
+        if len(scene.steps):
+            self._last_work = max(self._last_work, int(scene.steps.ended.max()))
+        self._consume(scene)
+
+    def _scene(self, window: Window) -> _Scene:
+        start, end = window.start, window.end
+        everything = self.pending_steps.steps
+        steps = everything.where(everything.overlap(start, end) > 0)
+        busy = covered(steps.started, steps.ended, start, end)
+        loading = 0
+        if self.loading:
+            starts, ends = self.loading.columns()
+            both = covered(
+                np.concatenate((steps.started, starts)), np.concatenate((steps.ended, ends)), start, end
+            )  # fmt: skip
+            loading = both - busy
+        return _Scene(
+            window, steps, steps.overlap(start, end).astype(np.float64), busy, loading, self.uses.during(start, end)
+        )
+
+    def _learn(self, scene: _Scene) -> None:
+        window = scene.window
+        if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
+            return
+        if scene.busy:
+            gap = window.length - scene.busy
+            idle = (self._idle.watts or 0.0) * gap / 1000
+            if window.energy > idle:
+                self._models.learn(window.energy - idle, scene.busy if self._idle.watts else window.length)
+        elif (
+            self._last_work < window.start - window.start_slack
+            and not self._registry.presence(window.start, window.end).any()
+        ):
+            self._idle.learn(window.energy, window.length)
+
+    def _divide(self, scene: _Scene) -> None:
+        window, steps = scene.window, scene.steps
+        fraction = scene.overlap / (steps.ended - steps.started)
+        entries = self._models.price(steps, self._idle.watts) * fraction[steps.owner]
+        entries = self._by_processes(scene, entries)
+        used = self._registry._used
+        by_slot = np.bincount(steps.slot, weights=entries, minlength=used).astype(np.float64)
+        idle, foreign, loading, ours = self._accounts(scene, float(by_slot.sum()))
+        scale = ours / max(float(by_slot.sum()), 1e-300)
+        weights = np.concatenate(([idle, foreign], by_slot * scale))
+        weights[2 + UNATTRIBUTED] += loading
+        parts = largest_remainder(window.energy, weights)
+        self._book(scene, parts, by_slot)
+
+    def _accounts(self, scene: _Scene, predicted: float) -> tuple[float, float, float, float]:
+        """The window's energy as idle, foreign, loading and our steps', in proportion to what is predicted of each."""
+        energy, gap = scene.window.energy, scene.window.length - scene.busy - scene.loading
+        mean = energy / scene.window.length
+        loading = mean * scene.loading
+        idle_watts = self._idle.watts
+        if predicted + loading <= 0:
+            idle = (
+                energy
+                if idle_watts is None and not scene.use.foreign
+                else min(energy, (idle_watts or 0.0) * gap / 1000)
+            )
+            foreign = scene.use.foreign * (energy - idle)
+            return energy - foreign, foreign, 0.0, 0.0
+        watts = idle_watts if idle_watts is not None else IDLE_GUESS * self._models.busy_watts(None)
+        idle = watts * gap / 1000
+        if len(scene.steps) == 0:
+            idle, loading = min(idle, mean * gap), energy - min(idle, mean * gap)
+        scale = energy / (idle + loading + predicted)
+        active = energy - idle * scale
+        foreign = scene.use.foreign * active
+        rest = max(active - foreign, 0.0) / (predicted + loading)
+        return idle * scale, foreign, loading * rest, predicted * rest
+
+    def _by_processes(self, scene: _Scene, entries: Floats) -> Floats:
+        """Where CPU time tells each backend's part, it prices the split between backends; predictions do within one."""
+        shares = scene.use.backends
+        if not shares or not len(scene.steps):
+            return entries
+        owner_backend = scene.steps.backend[scene.steps.owner]
+        predicted = np.bincount(owner_backend, weights=entries, minlength=len(self._backend_names))
+        wanted = np.array([shares.get(name, 0.0) for name in self._backend_names]) * (predicted > 0)
+        if wanted.sum() <= 1e-9:
+            return entries
+        factor = np.divide(wanted, predicted, out=np.zeros_like(predicted), where=predicted > 0)
+        priced: Floats = entries * (factor * (predicted.sum() / wanted.sum()))[owner_backend]
+        return priced
+
+    def _book(self, scene: _Scene, parts: np.ndarray[tuple[int], np.dtype[np.int64]], by_slot: Floats) -> None:
+        window, tallies = scene.window, self.tallies
+        idle, foreign, unattributed = int(parts[0]), int(parts[1]), int(parts[2])
+        slots = parts[3:]
+        requests = int(slots.sum())
+        self._idle_energy += idle
+        self._foreign += foreign
+        self._unattributed += unattributed
+        self._requests += requests
+        self._pending -= window.energy
+        used = len(slots) + 1
+        tallies.active[1:used] += slots
+        tallies.doubt[1:used] += _DOUBT * slots * (1 - slots / window.energy)
+        tallies.meanwhile[:used] += window.energy * self._registry.presence(window.start, window.end)
+        self._hour.add(window.end, idle, requests, scene.busy)
+        if self._idle.watts and len(scene.steps):
+            each = (
+                self._idle.watts
+                / 1000
+                * scene.overlap
+                * (scene.busy / scene.overlap.sum())
+                / np.maximum(scene.steps.count, 1)
+            )
+            np.add.at(tallies.idle_part, scene.steps.slot, each[scene.steps.owner])
+
+    def _consume(self, scene: _Scene) -> None:
+        """The window's work is settled: it is no longer awaited."""
+        self.settled_until = scene.window.end
+        steps = scene.steps
+        if len(steps):
+            done = (scene.overlap / (steps.ended - steps.started))[steps.owner]
+            price = self._models.price(steps, self._idle.watts) * done
+            np.add.at(self.tallies.awaited, steps.slot, -price)
+            if scene.window.hole:
+                np.add.at(self.tallies.lost, steps.slot, price)
+        self.pending_steps.drop_until(scene.window.end)
+        self.uses.drop_until(scene.window.end)
+        self.loading.drop_until(scene.window.end)
+
+    # --- what goes out ---
+
+    def share(self, slot: int, *, settled: bool) -> DeviceShare:
+        """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
+        tallies = self.tallies
+        tail = 0.0 if settled else max(float(tallies.awaited[slot]), 0.0)
+        active = int(tallies.active[slot]) + round(tail)
+        doubt = float(tallies.doubt[slot]) + _DOUBT * tail
+        ratio = self._hour.idle_ratio()
+        marginal = max(active - round(float(tallies.idle_part[slot])), 0)
+        return DeviceShare(
+            active=Microjoules(active),
+            low=Microjoules(max(active - round(doubt), 0)),
+            high=Microjoules(active + round(doubt + float(tallies.lost[slot]))),
+            marginal=Microjoules(marginal),
+            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
+            meanwhile=Microjoules(max(round(float(tallies.meanwhile[slot]) + tail), active)),
+        )
+
+    def abandon(self, slot: int) -> None:
+        """The request settles though work of it may be pending: nobody gets that but `unattributed`."""
+        self.pending_steps.disown(slot, UNATTRIBUTED)
+        self.tallies.clear(slot)
+
+    def balance(self) -> DeviceBalance:
+        timeline, watts = self._timeline, self._idle.watts
+        return DeviceBalance(
+            device=self.device.device, name=self.device.name, meter=self.device.meter,
+            estimated=self.device.estimated, accuracy_ratio=self.device.accuracy_ratio,
+            counter=timeline.counter, requests=Microjoules(self._requests), idle=Microjoules(self._idle_energy),
+            foreign=Microjoules(self._foreign), unattributed=Microjoules(self._unattributed),
+            pending=Microjoules(self._pending), power=timeline.power,
+            idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
+            fit_error_ratio={},
+        )  # fmt: skip

@@ -1,0 +1,460 @@
+"""The ledger: events in, settled attributions out. It does no I/O and has no clock; one thread drives it.
+
+Theory of operation
+-------------------
+Every device's counter is cut into *windows* between two changes of its reading (`timeline.py`). A window waits, its
+energy *pending*, until all who may have worked in it have told what they did; then it is divided, once, among the
+requests whose steps overlap it and the accounts `idle`, `foreign` and `unattributed` (`device.py`), in integers
+that add up to the window's energy exactly. Hence, per device and at any time:
+
+    requests + idle + foreign + unattributed + pending == sum of the counter's rises
+
+A request is OPEN from its `Start` (or, in a replay, the first step that names it), FINISHED from its `Finish`, and
+SETTLED when every window that overlaps it on every device it concerns has settled. Then it is handed out once by
+`drain`, and forgotten.
+
+When a window settles. Each backend that uses the device has a *horizon*, up to which its work is known:
+
+- with open work: the end of the latest step it reported (an engine reports its steps in order); where the relay
+  observes each request on its own, the least of these over its open requests;
+- without open work: a moment ago (`GRACE`), since reports travel a little slower than answers do;
+- in a replay without `start` records nobody announces work: only reports count.
+
+A window settles when all horizons lie past its end, or 30 s after its end whatever is missing, or at `close`. It is
+never reopened: a step that comes later is lost work. It is counted and widens its request's interval.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from proxy.energy.attribution import METHODS, Attribution, DeviceBalance, DeviceShare, Method
+from proxy.energy.device import DeviceBook
+from proxy.energy.errors import EventError
+from proxy.energy.events import (
+    BackendState,
+    Device,
+    Event,
+    Finish,
+    Loss,
+    Model,
+    Outcome,
+    Processes,
+    Sample,
+    Start,
+    Step,
+)
+from proxy.energy.quantities import Nanoseconds
+from proxy.energy.registry import NEVER, UNATTRIBUTED, Registry, Request
+from proxy.energy.spans import Use
+from proxy.energy.timeline import LIMIT
+
+__all__ = ["GRACE", "PROXY_BACKEND", "SETTLE_AFTER", "EventError", "Ledger"]
+
+#: The proxy's own work on the host; its steps name all requests in flight and say nothing of how a share was found.
+PROXY_BACKEND = "proxy"
+SETTLE_AFTER = Nanoseconds(30_000_000_000)
+#: How much later than an answer, or than the time it speaks of, a report may come.
+GRACE = Nanoseconds(500_000_000)
+#: How long a window waits for news of other processes on a device that has had such news before.
+_PROCESSES_GRACE = 1_500_000_000
+_DUPLICATES_REMEMBERED = 64
+_RANK: dict[Method, int] = {method: rank for rank, method in enumerate(METHODS)}
+
+
+@dataclass(slots=True)
+class _Backend:
+    """What the ledger knows of a backend. `reported` is the end of its latest step."""
+
+    name: str
+    index: int
+    devices: dict[str, None] = field(default_factory=dict)  # in the order they became known
+    relayed: bool = False
+    reports: bool = False
+    reported: int = NEVER
+    last_finish: int = NEVER
+    open: dict[str, Request] = field(default_factory=dict)
+    reported_by_request: dict[str, int] = field(default_factory=dict)
+    recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
+    reports_lost: int = 0
+
+
+class Ledger:
+    """See the module's theory of operation.
+
+    `known_only` (live): a participant without a prior `Start` is nobody the proxy knows; its share goes to
+    `unattributed`, and steps may name devices that have no meter. Otherwise (replay) a step's first mention opens the
+    request, and a device must have been declared.
+    """
+
+    def __init__(self, *, known_only: bool = False, settle_after: Nanoseconds = SETTLE_AFTER) -> None:
+        self._known_only = known_only
+        self._announced = known_only
+        self._settle_after = settle_after
+        self._now = NEVER
+        self._registry = Registry()
+        self._devices: dict[str, DeviceBook] = {}
+        self._backends: dict[str, _Backend] = {}
+        self._waiting: dict[str, Request] = {}
+        self._orphans: set[str] = set()  # opened by a finish or the proxy's own step: their backend is yet to be seen
+        self._settled: list[Attribution] = []
+        self._handlers: dict[type, Callable[..., None]] = {
+            Step: self._step, Sample: self._sample, Start: self._start, Finish: self._finish,
+            Processes: self._processes, Device: self._device, Model: self._model, Loss: self._loss,
+            BackendState: self._backend_state,
+        }  # fmt: skip
+
+    # --- events ---
+
+    def apply(self, event: Event) -> None:
+        """Take one event in. Raises EventError, its state unharmed, for one that cannot be."""
+        self._handlers[type(event)](event)
+
+    def advance(self, now: Nanoseconds) -> None:
+        """Let time-outs act: it is `now`."""
+        self._pass(now)
+        self._settle_windows()
+        self._settle_waiting()
+
+    def close(self) -> None:
+        """The end: everything settles with what was measured; what has no finish is `unfinished`."""
+        for book in self._devices.values():
+            while book.windows:
+                self._settle_window(book)
+        self._settle_waiting(everything=True)
+        for request in list(self._registry.open.values()):
+            self._registry.finish(request, self._last_end(request), "unfinished")
+            self._settle(request)
+
+    def _device(self, event: Device) -> None:
+        known = self._devices.get(event.device)
+        if known is None:
+            self._devices[event.device] = DeviceBook(event, self._registry)
+        else:
+            known.device = event
+
+    def _sample(self, event: Sample) -> None:
+        book = self._metered(event.device)
+        _check_times(event.at)
+        book.sample(event)
+        self.advance(event.at)
+
+    def _step(self, event: Step) -> None:
+        _check_step(event)
+        books = {name: book for name in event.devices if (book := self._book_of_step(name)) is not None}
+        backend = self._backend(event.backend)
+        if self._is_duplicate(backend, event):
+            return
+        slots = self._slots_of(event, backend)
+        for name, book in books.items():
+            backend.devices[name] = None
+            book.pending_steps.add(backend.index, event, slots)
+        self._note_report(backend, event)
+        self._settle_windows()
+
+    def _start(self, event: Start) -> None:
+        _check_times(event.at)
+        if not event.request:
+            raise EventError("a request needs an id")
+        if self._registry.settled_lately(event.request):
+            raise EventError(f"request {event.request} has settled already")
+        self._announced = True
+        self._pass(event.at)
+        known = self._registry.open.get(event.request)
+        if known is None:
+            self._open(event.request, event.backend, event.at, announced=True)
+        elif not known.announced:
+            raise EventError(f"request {event.request} starts after its first step")
+
+    def _finish(self, event: Finish) -> None:
+        _check_times(event.at)
+        request = self._registry.open.get(event.request)
+        if request is None:
+            if self._registry.settled_lately(event.request):
+                return
+            if self._known_only or not event.request:
+                raise EventError(f"finish of an unknown request: {event.request!r}")
+            request = self._open(event.request, "", event.at, announced=False)
+        self._pass(event.at)
+        if request.finished is None:
+            self._close_request(request, event.at, event.outcome)
+            if self._is_done(request):
+                self._settle(request)
+
+    def _processes(self, event: Processes) -> None:
+        book = self._metered(event.device)
+        _check_times(event.at)
+        shares = dict(event.backend_shares)
+        if not 0 <= event.foreign_share <= 1 or not all(0 <= share <= 1 for share in shares.values()):
+            raise EventError(f"shares of {event.device}'s use must lie within 0..1")
+        book.uses.add(event.at, Use(event.foreign_share, shares))
+        self._settle_windows()
+
+    def _model(self, event: Model) -> None:
+        self._metered(event.device)
+
+    def _loss(self, event: Loss) -> None:
+        if event.reports < 0:
+            raise EventError(f"lost reports cannot be {event.reports}")
+        backend = self._backend(event.backend)
+        backend.reports_lost += event.reports
+        for request in backend.open.values():
+            request.reports_lost = True
+
+    def _backend_state(self, event: BackendState) -> None:
+        _check_times(event.at)
+        books = [(name, book) for name in event.devices if (book := self._devices.get(name)) is not None]
+        backend = self._backend(event.backend)
+        for name, book in books:
+            backend.devices[name] = None
+            book.loading.set(event.backend, event.at, loading=event.loading)
+
+    # --- finding and opening things ---
+
+    def _metered(self, device: str) -> DeviceBook:
+        book = self._devices.get(device)
+        if book is None:
+            raise EventError(f"unknown device: {device}")
+        return book
+
+    def _book_of_step(self, device: str) -> DeviceBook | None:
+        return self._devices.get(device) if self._known_only else self._metered(device)
+
+    def _backend(self, name: str) -> _Backend:
+        backend = self._backends.get(name)
+        if backend is None:
+            backend = self._backends[name] = _Backend(name, len(self._backends))
+        return backend
+
+    def _open(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
+        opened = self._registry.begin(request, backend, at, announced=announced)
+        self._backend(backend).open[request] = opened
+        if not announced and backend in {"", PROXY_BACKEND}:
+            self._orphans.add(request)
+        return opened
+
+    def _close_request(self, request: Request, at: Nanoseconds, outcome: Outcome) -> None:
+        at = max(at, request.started)
+        self._registry.finish(request, at, outcome)
+        self._waiting[request.request] = request
+        backend = self._backend(request.backend)
+        backend.open.pop(request.request, None)
+        backend.reported_by_request.pop(request.request, None)
+        backend.last_finish = max(backend.last_finish, at)
+
+    def _pass(self, now: Nanoseconds) -> None:
+        self._now = max(self._now, now)
+
+    def _slots_of(self, step: Step, backend: _Backend) -> list[int]:
+        slots = list(map(self._registry.slots.get, step.requests)) or [UNATTRIBUTED]
+        if None not in slots:
+            return slots  # type: ignore[return-value]  # no None in it
+        return [
+            self._slot_of_new(r, step) if slot is None else slot for r, slot in zip(step.requests, slots, strict=True)
+        ]
+
+    def _slot_of_new(self, request: str, step: Step) -> int:
+        known = self._registry.slots.get(request)
+        if known is not None:  # a second participant of a request that this very step opened
+            return known
+        if self._known_only or self._registry.settled_lately(request):
+            return UNATTRIBUTED
+        return self._open(request, step.backend, step.started, announced=False).slot
+
+    def _is_duplicate(self, backend: _Backend, step: Step) -> bool:
+        key = (step.started, step.ended)
+        if backend.recent.get(key) == step:
+            return True
+        backend.recent[key] = step
+        if len(backend.recent) > _DUPLICATES_REMEMBERED:
+            backend.recent.popitem(last=False)
+        return False
+
+    def _note_report(self, backend: _Backend, step: Step) -> None:
+        backend.reports = True
+        backend.reported = max(backend.reported, step.ended)
+        if backend.name == PROXY_BACKEND:
+            return
+        if step.source == "relay":
+            backend.relayed = True
+        for request in {*step.requests} if step.source == "relay" or self._orphans else ():
+            self._note_request(backend, request, step)
+
+    def _note_request(self, backend: _Backend, name: str, step: Step) -> None:
+        request = self._registry.open.get(name)
+        if request is None:
+            return
+        if request.request in self._orphans:
+            self._adopt(request, backend)
+        if step.source != "relay":
+            return
+        unknown_work = any(r == name and not t for r, t in zip(step.requests, step.tokens, strict=True))
+        request.rank = max(request.rank, _RANK["measured-window" if unknown_work else "measured-tokens"])
+        if request.finished is None:
+            backend.reported_by_request[name] = max(step.ended, backend.reported_by_request.get(name, NEVER))
+
+    def _adopt(self, request: Request, backend: _Backend) -> None:
+        """In a replay, the first backend but the proxy's own that works for a request is the request's."""
+        self._orphans.discard(request.request)
+        self._backend(request.backend).open.pop(request.request, None)
+        request.backend = backend.name
+        if request.finished is None:
+            backend.open[request.request] = request
+
+    # --- settling ---
+
+    def _horizon(self, backend: _Backend, end: Nanoseconds) -> int:
+        """Up to when this backend's work is known, seen from a window that ends at `end`."""
+        if not self._announced:
+            return backend.reported
+        working = next(iter(backend.open.values()), None)
+        if working is not None and working.started < end:
+            return self._relay_horizon(backend, end) if backend.relayed else backend.reported
+        if self._now >= backend.last_finish + GRACE:
+            return max(backend.reported, self._now - GRACE)
+        return backend.reported
+
+    def _relay_horizon(self, backend: _Backend, end: Nanoseconds) -> int:
+        seen = backend.reported_by_request
+        return min((seen.get(name, r.started) for name, r in backend.open.items() if r.started < end), default=NEVER)
+
+    def _is_ready(self, name: str, book: DeviceBook) -> bool:
+        end = book.windows[0].end
+        if self._now >= end + self._settle_after:
+            return True
+        users = [backend for backend in self._backends.values() if name in backend.devices]
+        if not users and (not self._announced or self._now < end + GRACE):
+            return False
+        known = book.uses.known_until
+        if known is not None and known < end and self._now < end + _PROCESSES_GRACE:
+            return False
+        return all(self._horizon(backend, end) >= end for backend in users)
+
+    def _settle_windows(self) -> None:
+        progress = False
+        for name, book in self._devices.items():
+            while book.windows and self._is_ready(name, book):
+                self._settle_window(book)
+                progress = True
+        if progress:
+            self._settle_waiting()
+
+    def _settle_window(self, book: DeviceBook) -> None:
+        book.settle(list(self._backends))
+
+    def _settle_waiting(self, *, everything: bool = False) -> None:
+        for request in list(self._waiting.values()):
+            if everything or self._is_done(request):
+                self._settle(request)
+
+    def _is_done(self, request: Request) -> bool:
+        """Whether every window that overlaps a finished request has settled, or will never come."""
+        assert request.finished is not None
+        concerned = self._concerned(request)
+        if not concerned and self._devices and self._now < request.finished + GRACE:
+            return False  # its backend may yet tell for the first time
+        return all(self._is_settled_on(book, request) for book in concerned.values())
+
+    def _is_settled_on(self, book: DeviceBook, request: Request) -> bool:
+        assert request.finished is not None
+        book.look()
+        until = max(request.finished, int(book.tallies.last_end[request.slot]))
+        if book.settled_until is not None and book.settled_until >= until:
+            return True
+        overlapped = any(window.start < until for window in book.windows)
+        return self._now >= until + self._settle_after and not overlapped
+
+    def _concerned(self, request: Request) -> dict[str, DeviceBook]:
+        """The devices with a meter on which this request works, or may yet turn out to have worked."""
+        own = self._backend(request.backend).devices
+        proxy = self._backends.get(PROXY_BACKEND)
+        names = own if proxy is None else {**own, **proxy.devices}
+        return {
+            name: book
+            for name, book in self._devices.items()
+            if book.settled_until is not None and (name in names or book.tallies.touched(request.slot))
+        }
+
+    def _settle(self, request: Request) -> None:
+        for book in self._devices.values():
+            book.look()
+        self._settled.append(self._attribution(request, settled=True))
+        for book in self._devices.values():
+            book.abandon(request.slot)
+        self._waiting.pop(request.request, None)
+        self._orphans.discard(request.request)
+        backend = self._backend(request.backend)
+        backend.open.pop(request.request, None)
+        backend.reported_by_request.pop(request.request, None)
+        self._registry.forget(request)
+
+    def _last_end(self, request: Request) -> Nanoseconds:
+        for book in self._devices.values():
+            book.look()
+        ends = [int(book.tallies.last_end[request.slot]) for book in self._devices.values()]
+        return Nanoseconds(max([request.started, *ends]))
+
+    # --- facts ---
+
+    def attribution(self, request: str, at: Nanoseconds | None = None) -> Attribution | None:
+        """What is known of a request now: provisional, or settled and not yet drained. None for an unknown one."""
+        known = self._registry.open.get(request)
+        if known is None:
+            return next((each for each in reversed(self._settled) if each.request == request), None)
+        for book in self._devices.values():
+            book.look()
+        return self._attribution(known, settled=False, at=at)
+
+    def _attribution(self, request: Request, *, settled: bool, at: Nanoseconds | None = None) -> Attribution:
+        devices = self._shares(request, settled=settled)
+        ended = request.finished if request.finished is not None else at if at is not None else self._now
+        return Attribution(
+            request=request.request, backend=request.backend, outcome=request.outcome, settled=settled,
+            method=self._method(request, devices), started=request.started,
+            ended=max(Nanoseconds(ended), request.started), devices=devices,
+        )  # fmt: skip
+
+    def _shares(self, request: Request, *, settled: bool) -> dict[str, DeviceShare]:
+        """By device it worked on; a backend that reports steps and had none for it did nothing: 0, and it is known."""
+        backend = self._backend(request.backend)
+        idle = backend.devices if backend.reports else {}
+        return {
+            name: book.share(request.slot, settled=settled)
+            for name, book in self._devices.items()
+            if book.settled_until is not None and (book.tallies.touched(request.slot) or name in idle)
+        }
+
+    def _method(self, request: Request, devices: dict[str, DeviceShare]) -> Method:
+        if devices and all(self._devices[name].device.estimated for name in devices):
+            return "estimated"
+        backend = self._backend(request.backend)
+        if not backend.reports:
+            return "measured-window"
+        return METHODS[max(request.rank, _RANK["measured-tokens"] if backend.relayed else 0)]
+
+    def drain(self) -> list[Attribution]:
+        """The attributions settled since the last call, in the order they settled."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    def devices(self) -> list[DeviceBalance]:
+        return [book.balance() for book in self._devices.values()]
+
+    def models(self) -> list[Model]:
+        """The coefficients learnt, to be given back as events after a restart."""
+        return []
+
+
+def _check_times(*times: int) -> None:
+    if any(not -LIMIT < time < LIMIT for time in times):
+        raise EventError(f"time is out of range: {times[0]}")
+
+
+def _check_step(step: Step) -> None:
+    _check_times(step.started, step.ended)
+    if step.ended < step.started:
+        raise EventError(f"step of {step.backend} ends before it begins: {step.ended} < {step.started}")
+    if not len(step.requests) == len(step.tokens) == len(step.contexts):
+        raise EventError(f"step of {step.backend} has columns of different lengths")
+    if len(step.requests) and (min(step.tokens) < 0 or min(step.contexts) < 0):
+        raise EventError(f"step of {step.backend} has negative work")

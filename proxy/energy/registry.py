@@ -1,0 +1,90 @@
+"""The requests that are open or wait to be settled, and the small integers ("slots") by which the arrays know them."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from proxy.energy.events import Outcome
+from proxy.energy.quantities import Nanoseconds
+
+#: The slot of work that belongs to no known request.
+UNATTRIBUTED = 0
+#: Times before all times and after all times.
+NEVER, FOREVER = -(1 << 62), 1 << 62
+_REMEMBERED = 10_000
+
+
+@dataclass(slots=True)
+class Request:
+    """A request (or attempt) between its opening and its settlement. `rank` is the worst of its sources so far."""
+
+    request: str
+    backend: str
+    slot: int
+    started: Nanoseconds
+    announced: bool
+    finished: Nanoseconds | None = None
+    outcome: Outcome = "unfinished"
+    rank: int = 0
+    reports_lost: bool = False
+
+
+class Registry:
+    """Opens and closes requests; slots are used again. Requests settled lately are remembered, a bounded number."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, Request] = {}
+        self.slots: dict[str, int] = {"": UNATTRIBUTED}
+        self._free: list[int] = []
+        self._settled: OrderedDict[str, None] = OrderedDict()
+        self.capacity = 64
+        self._used = 1
+        self.started = np.full(self.capacity, FOREVER, dtype=np.int64)
+        self.ended = np.full(self.capacity, FOREVER, dtype=np.int64)
+
+    def settled_lately(self, request: str) -> bool:
+        return request in self._settled
+
+    def begin(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
+        slot = self._free.pop() if self._free else self._next_slot()
+        opened = Request(request, backend, slot, at, announced)
+        self.open[request], self.slots[request] = opened, slot
+        self.started[slot], self.ended[slot] = at, FOREVER
+        return opened
+
+    def finish(self, request: Request, at: Nanoseconds, outcome: Outcome) -> None:
+        request.finished, request.outcome = at, outcome
+        self.ended[request.slot] = at
+
+    def forget(self, request: Request) -> None:
+        """The request has settled: its slot is free, its id remembered for a while."""
+        del self.open[request.request], self.slots[request.request]
+        self.started[request.slot] = FOREVER
+        self._free.append(request.slot)
+        self._settled[request.request] = None
+        if len(self._settled) > _REMEMBERED:
+            self._settled.popitem(last=False)
+
+    def presence(self, start: int, end: int) -> npt.NDArray[np.float64]:
+        """The part of the span from `start` to `end` in which each slot's request was open."""
+        used = self._used
+        overlap = np.minimum(self.ended[:used], end) - np.maximum(self.started[:used], start)
+        present: npt.NDArray[np.float64] = np.maximum(overlap, 0) / (end - start)
+        return present
+
+    def _next_slot(self) -> int:
+        slot = self._used
+        self._used += 1
+        if slot == self.capacity:
+            self.capacity *= 2
+            self.started = grown(self.started, self.capacity, FOREVER)
+            self.ended = grown(self.ended, self.capacity, FOREVER)
+        return slot
+
+
+def grown(column: npt.NDArray[np.int64], capacity: int, fill: int) -> npt.NDArray[np.int64]:
+    longer = np.full(capacity, fill, dtype=np.int64)
+    longer[: len(column)] = column
+    return longer
