@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.attribution.meter import readings
+from bench.attribution.meter import Readings, read
 from bench.attribution.scenarios import Scenario
 from bench.attribution.simulation import ADMISSION_SECONDS, Execution, World
 from proxy.energy.events import BackendState, Device, Event, Finish, Outcome, Processes, Sample, Start, Step
@@ -33,12 +33,17 @@ def request_id(backend: str, number: int) -> str:
     return f"{backend}-{number}"
 
 
-def emit(world: World) -> list[Arrival]:
+def poll(world: World) -> Readings:
+    """What the device's counter said during a run."""
+    return read(world.curve, world.scenario.meter, np.random.default_rng([world.scenario.seed, 5]))
+
+
+def emit(world: World, readings: Readings) -> list[Arrival]:
     """All events of a run in their order of arrival."""
     rng = np.random.default_rng([world.scenario.seed, 7])
     arrivals = [Arrival(0.0, Device(DEVICE, world.scenario.gpu.name, "replay"))]
     arrivals += _loading(world.scenario)
-    arrivals += _samples(world, rng)
+    arrivals += _samples(readings)
     arrivals += _processes(world, rng)
     for backend in world.engines:
         arrivals += _steps([e for e in world.executions if e.backend == backend], rng)
@@ -53,9 +58,9 @@ def _loading(scenario: Scenario) -> Iterator[Arrival]:
                 yield Arrival(at, BackendState(backend.name, (DEVICE,), nanoseconds(at), loading))
 
 
-def _samples(world: World, rng: np.random.Generator) -> Iterator[Arrival]:
-    seconds, joules, watts = readings(world.curve, world.scenario.meter, rng)
-    for at, energy, power in zip(seconds.tolist(), joules.tolist(), watts.tolist(), strict=True):
+def _samples(readings: Readings) -> Iterator[Arrival]:
+    columns = (readings.seconds.tolist(), readings.joules.tolist(), readings.watts.tolist())
+    for at, energy, power in zip(*columns, strict=True):
         yield Arrival(at + 1e-4, Sample(DEVICE, nanoseconds(at), microjoules(energy), Watts(round(power, 1))))
 
 

@@ -26,7 +26,7 @@ class Traffic:
     prompt_median: float = 350.0
     prompt_sigma: float = 0.9
     prompt_limit: int = 6000
-    output_median: float = 240.0
+    output_median: float = 225.0
     output_sigma: float = 0.7
     output_limit: int = 1500
     cached_ratio: float = 0.3

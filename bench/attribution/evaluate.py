@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.attribution.emission import DEVICE, Arrival, emit, request_id
+from bench.attribution.emission import DEVICE, Arrival, emit, poll, request_id
 from bench.attribution.gpu import Floats
+from bench.attribution.meter import Readings
 from bench.attribution.ours import Accounts, account
 from bench.attribution.peers import PEERS, Observation, observe, priced
 from bench.attribution.scenarios import Scenario
@@ -16,7 +17,7 @@ from proxy.energy.attribution import Attribution
 SETTLED = "Joulegate, settled"
 PROVISIONAL = "Joulegate, provisional"
 #: What remains of error when everything is known but the counter's windows must add up: see `_reference`.
-REFERENCE = "(reference: true shares, same counter)"
+REFERENCE = "(reference: all known but the meter's noise)"
 
 COLD_SECONDS = 30.0
 PROVISIONAL_FROM_SECONDS = 0.5
@@ -82,6 +83,7 @@ class Case:
     """A simulated run, as told to those who split: its events, what peers see, and the truth per request."""
 
     world: World
+    readings: Readings
     arrivals: list[Arrival]
     seen: Observation
     truth: Floats
@@ -94,14 +96,15 @@ class Case:
 def prepare(scenario: Scenario) -> Case:
     """Simulate a scenario. `truth[i]` are the joules of `seen.requests[i]`."""
     world = simulate(scenario)
-    arrivals = emit(world)
+    readings = poll(world)
+    arrivals = emit(world, readings)
     seen = observe(world, arrivals)
     fair = {
         request_id(backend, number): joules
         for backend, shares in world.truth.requests.items()
         for number, joules in enumerate(shares.tolist())
     }
-    return Case(world, arrivals, seen, np.array([fair[name] for name in seen.requests]))
+    return Case(world, readings, arrivals, seen, np.array([fair[name] for name in seen.requests]))
 
 
 def evaluate(scenario: Scenario) -> Result:
@@ -127,13 +130,15 @@ def _errors(case: Case, estimate: Floats) -> Errors:
 
 
 def _reference(case: Case) -> Floats:
-    """Split each counter window by the true energies of all that happened in it: the meter's error is all that is left.
+    """Split every rise of the counter, at its true instants, by the true energies of all that happened in it.
 
-    Whoever gives up that shares add up to the counter can do better, by smoothing the meter's noise away.
+    The meter's noise and averaging are all that is left of error. Only who gives up that shares add up to the counter
+    could do better, by smoothing them away.
     """
-    edges = case.seen.counter_seconds
+    edges = np.append(case.readings.tick_seconds, case.world.ended)
+    rises = np.diff(np.append(case.readings.tick_joules, case.readings.tick_joules[-1]))
     happened = np.diff(np.interp(edges, case.world.curve.seconds, case.world.curve.joules))
-    price = np.diff(case.seen.energy_at(edges)) / happened
+    price = rises / np.maximum(happened, 1e-9)
     return priced(case.seen, edges, np.concatenate([step.fair for step in case.world.executions]), price)
 
 

@@ -3,6 +3,8 @@
 It moves only at its ticks, lags the truth by its averaging, errs by its noise, and is polled at instants of its own.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from bench.attribution.gpu import Floats
@@ -13,18 +15,29 @@ from bench.attribution.simulation import Curve
 POWER_AVERAGE_SECONDS = 1.0
 
 
-def readings(curve: Curve, meter: Meter, rng: np.random.Generator) -> tuple[Floats, Floats, Floats]:
-    """(seconds, cumulative joules, watts) of every poll, the first at the beginning."""
-    seconds = _instants(curve.seconds[-1], 1 / meter.poll_hertz, meter.poll_jitter_seconds, rng)
-    ticks = _instants(curve.seconds[-1], meter.tick_seconds, meter.tick_jitter_seconds, rng)
-    ticks[1:] += rng.uniform(0, meter.tick_seconds)  # nobody knows the counter's phase
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What polls read, and (which nobody is told) when the counter moved and to what."""
+
+    seconds: Floats
+    joules: Floats
+    watts: Floats
+    tick_seconds: Floats
+    tick_joules: Floats
+
+
+def read(curve: Curve, meter: Meter, rng: np.random.Generator) -> Readings:
+    """Poll the counter from the beginning to the end; the first poll reads 0."""
+    until, period = curve.seconds[-1], meter.tick_seconds * (1 + meter.tick_drift)
+    seconds = _instants(until, 1 / meter.poll_hertz, meter.poll_jitter_seconds, rng)
+    ticks = _instants(until, period, meter.tick_jitter_seconds, rng)
+    ticks[1:] += rng.uniform(-period, 0) / 2  # nobody knows the counter's phase
     rises = np.diff(lagging(curve, ticks, meter.averaging_seconds))
     rises *= np.maximum(rng.normal(1.0, meter.noise, len(rises)), 0.0)
     counter = np.round(np.cumsum(np.append(0.0, rises)) / meter.resolution_joules) * meter.resolution_joules
     used = lagging(curve, seconds, 0.0) - lagging(curve, seconds - POWER_AVERAGE_SECONDS, 0.0)
-    watts = used / POWER_AVERAGE_SECONDS
-    watts *= rng.normal(1.0, meter.noise, len(watts))
-    return seconds, counter[np.searchsorted(ticks, seconds, side="right") - 1], watts
+    watts = used / POWER_AVERAGE_SECONDS * rng.normal(1.0, meter.noise, len(used))
+    return Readings(seconds, counter[np.searchsorted(ticks, seconds, side="right") - 1], watts, ticks, counter)
 
 
 def lagging(curve: Curve, seconds: Floats, averaging: float) -> Floats:

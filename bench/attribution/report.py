@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.attribution.evaluate import REFERENCE, PROVISIONAL, SETTLED, Result
+from bench.attribution.evaluate import PROVISIONAL, REFERENCE, SETTLED, Result
 from bench.attribution.peers import PEERS
 
 Rows = Sequence[Sequence[str]]
@@ -26,8 +26,8 @@ def stress_table(results: Sequence[Result]) -> str:
     head = ["scenario", "settled: mean (median, p95)", "reference", "best peer's split", "", "Zeus"]
     rows = [
         [
-            r.scenario, _errors(r, SETTLED), f"{r.errors[REFERENCE].mape:.1f}", f"{r.best_peer()[1]:.1f}", r.best_peer()[0],
-            f"{r.errors['Zeus (whole window to each)'].mape:.0f}",
+            r.scenario, _errors(r, SETTLED), f"{r.errors[REFERENCE].mape:.1f}", f"{r.best_peer()[1]:.1f}",
+            r.best_peer()[0], f"{r.errors['Zeus (whole window to each)'].mape:.0f}",
         ]
         for r in results
     ]  # fmt: skip

@@ -18,6 +18,8 @@ class Meter:
     """A cumulative energy counter: it moves every `tick_seconds` to the (lagging) truth, each rise wrong by `noise`."""
 
     tick_seconds: float = 0.100
+    #: Its clock is not the host's: the phase between ticks and polls wanders.
+    tick_drift: float = 0.003
     tick_jitter_seconds: float = 0.002
     averaging_seconds: float = 0.020
     noise: float = 0.02
