@@ -1,33 +1,161 @@
-"""What steps cost: a first, simple model behind the seam that the fitted one will fill."""
+"""The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
+from proxy.energy.fit import OnlineFit
 from proxy.energy.pending import Floats, Steps
+from proxy.energy.step_model import DURATION, ENERGY, StepModel, Work, work_of
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
-_FORGET_SECONDS = 30.0
+_SIZE = len(ENERGY)
+_HORIZON = 600.0
+_SIGMA = 0.04
+#: The power that flips at the edges of a window may be on either side of them for about so long (seconds).
+_EDGE_SECONDS = 0.01
+_POWER_SECONDS = 20.0
+_SOLVE_EVERY = 10
+_ERROR_KEPT = 0.99
+_EAGER_WINDOWS = 100
 
 
 class CostModels:
-    """The cost models of all backends on one device."""
+    """Prices steps in microjoules, and learns from windows. Backends are known by their index."""
 
     def __init__(self) -> None:
+        self._models: dict[int, StepModel] = {}
+        self._order: list[int] = []  # the place of each backend's coefficients in the joint fit
+        self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
+        self._windows = 0
+
+    def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
+        """Begin with these coefficients: a prior, or what was learnt before."""
+        self._models[backend] = StepModel(coefficients)
 
     def busy_watts(self, idle_watts: float | None) -> float:
+        """The power of the device while steps run, as far as it is known."""
         if self._busy_watts is not None:
             return self._busy_watts
         return idle_watts / IDLE_GUESS if idle_watts else 1.0
 
-    def price(self, steps: Steps, idle_watts: float | None) -> Floats:
-        """Predicted microjoules of each entry; a step's entries sum to the step."""
-        work = np.where(steps.tokens > 0, steps.tokens, 1.0)
-        energy = self.busy_watts(idle_watts) * (steps.ended - steps.started) / 1000
-        return work * (energy / np.maximum(steps.per_step(work), 1.0))[steps.owner]
+    # --- prices ---
 
-    def learn(self, energy: float, busy: int) -> None:
-        """`energy` microjoules (idle taken off) were used in `busy` nanoseconds of steps."""
-        watts = energy / busy * 1000
+    def price(self, steps: Steps, timed: Floats, idle_watts: float | None) -> Floats:
+        """Predicted microjoules of each entry; a step's entries sum to the step.
+
+        `timed` is by entry, and 0 for those whose work is known. The others are priced by time alone: at this part of
+        the device's busy power.
+        """
+        prices = np.zeros(len(steps.slot))
+        for backend, some in _by_backend(steps):
+            model = self._model(backend)
+            work = work_of(some)
+            joules = model.price(work, self._energy(backend, model, work, idle_watts))
+            prices[_entries(steps, backend, some)] = joules * 1e6
+        by_time = timed > 0
+        if by_time.any():
+            watts = self.busy_watts(idle_watts)
+            owner = steps.owner[by_time]
+            length = (steps.ended - steps.started)[owner]
+            prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
+        return prices
+
+    def _model(self, backend: int) -> StepModel:
+        return self._models.setdefault(backend, StepModel())
+
+    def _energy(self, backend: int, model: StepModel, work: Work, idle_watts: float | None) -> Floats:
+        """A backend's energy coefficients: fitted, else its prior, else a guess."""
+        if self._fit is not None and backend in self._order:
+            place = self._order.index(backend) * _SIZE
+            return self._fit.coefficients[place : place + _SIZE]
+        if model.energy_prior is None:
+            return model.guess_energy(self.busy_watts(idle_watts), work.sums.mean(axis=0))
+        return model.energy_prior
+
+    # --- learning ---
+
+    def learn_durations(self, steps: Steps) -> None:
+        for backend, some in _by_backend(steps):
+            self._model(backend).learn_durations(work_of(some))
+
+    def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
+        """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
+        watts = energy / busy * 1e3
+        self._follow_power(watts, busy)
+        works = {backend: (work_of(some), fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
+        for backend, (work, _) in works.items():
+            if backend not in self._order:
+                self._join(backend, work)
+        fit = self._fit
+        assert fit is not None
+        row = np.zeros(len(self._order) * _SIZE)
+        for backend, (work, part) in works.items():
+            place = self._order.index(backend) * _SIZE
+            row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
+        joules = energy / 1e6
+        edges = 2 if busy < length else 0
+        sigma = np.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        self._note_error(works, abs(joules - float(row @ fit.coefficients)), joules)
+        fit.add(row[None, :], np.array([joules]), np.array([sigma]))
+        self._windows += 1
+        if self._windows < _EAGER_WINDOWS or self._windows % _SOLVE_EVERY == 0:
+            fit.solve()
+
+    def _follow_power(self, watts: float, busy: int) -> None:
         old = watts if self._busy_watts is None else self._busy_watts
-        self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _FORGET_SECONDS)
+        self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+
+    def _join(self, backend: int, work: Work) -> None:
+        """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
+        model = self._models[backend]
+        if model.energy_prior is None:
+            model.energy_prior = model.guess_energy(self.busy_watts(None), work.sums.mean(axis=0))
+        prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
+        doubt = model.energy_doubt
+        self._order.append(backend)
+        if self._fit is None:
+            self._fit = OnlineFit(prior, doubt, _HORIZON)
+        else:
+            self._fit.widen(prior, doubt)
+
+    def _note_error(self, works: Mapping[int, tuple[Work, Floats]], off: float, joules: float) -> None:
+        for backend in works:
+            model = self._models[backend]
+            model.windows += 1
+            model.off = model.off * _ERROR_KEPT + min(off, joules)
+            model.used = model.used * _ERROR_KEPT + joules
+
+    def errors(self) -> dict[int, float]:
+        """By backend, the recent mean error of predicted windows, relative to them."""
+        return {backend: model.off / model.used for backend, model in self._models.items() if model.used > 0}
+
+    def coefficients(self, backend: int) -> dict[str, float]:
+        """What has been learnt of a backend, to be recalled after a restart; empty for nothing."""
+        model = self._models.get(backend)
+        if model is None or self._fit is None or backend not in self._order:
+            return {}
+        place = self._order.index(backend) * _SIZE
+        energy = self._fit.coefficients[place : place + _SIZE]
+        learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
+        learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
+        return {**learnt, "windows": model.windows}
+
+
+def _chosen(steps: Steps, backend: int) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    chosen: np.ndarray[tuple[int], np.dtype[np.bool_]] = steps.backend == backend
+    return chosen
+
+
+def _by_backend(steps: Steps) -> list[tuple[int, Steps]]:
+    if not len(steps):
+        return []
+    if (steps.backend == steps.backend[0]).all():
+        return [(int(steps.backend[0]), steps)]
+    return [(int(backend), steps.where(_chosen(steps, int(backend)))) for backend in np.unique(steps.backend)]
+
+
+def _entries(steps: Steps, backend: int, some: Steps) -> "slice | np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    return slice(None) if some is steps else _chosen(steps, backend)[steps.owner]

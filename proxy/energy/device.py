@@ -1,9 +1,11 @@
 """One device's books: its windows, the steps that ran on it, and who got what of each settled window."""
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.cost_model import IDLE_GUESS, CostModels
@@ -11,7 +13,7 @@ from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.pending import Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
-from proxy.energy.registry import UNATTRIBUTED, Registry
+from proxy.energy.registry import PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.rounding import largest_remainder
 from proxy.energy.spans import LoadingSpans, Use, UseSpans, covered
 from proxy.energy.tallies import Tallies
@@ -19,6 +21,8 @@ from proxy.energy.timeline import Timeline, Window
 
 #: A device of which others used less than this counts as free of foreign processes when idle power is calibrated.
 _NO_FOREIGN = 0.01
+#: The proxy's own part of a busy device's power, where CPU time does not tell.
+_PROXY_PART = 0.05
 #: Half-width of the interval of a share, relative to the part of the window that could also be others'.
 _DOUBT = 0.3
 
@@ -38,7 +42,7 @@ class _Scene:
 class DeviceBook:
     """Settles windows one after the other; `settled_until` is where it has got to."""
 
-    def __init__(self, device: Device, registry: Registry) -> None:
+    def __init__(self, device: Device, registry: Registry, backend_names: Sequence[str]) -> None:
         self.device = device
         self.pending_steps = PendingSteps()
         self.uses, self.loading = UseSpans(), LoadingSpans()
@@ -51,7 +55,7 @@ class DeviceBook:
         self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
         self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
         self._last_work = -(1 << 62)
-        self._backend_names: list[str] = []
+        self._backend_names = backend_names  # grows as backends become known
 
     # --- what comes in ---
 
@@ -70,12 +74,24 @@ class DeviceBook:
         self.tallies.grow(self._registry.capacity)
         if not len(new):
             return
-        predicted = self._models.price(new, self._idle.watts)
+        self._models.learn_durations(new.where(~self._is_timed(new)))
+        new.predicted[:] = predicted = self._price(new)
+        self.pending_steps.join(new)
         settled = self._settled_fraction(new)[new.owner]
         np.add.at(self.tallies.awaited, new.slot, predicted * (1 - settled))
         np.add.at(self.tallies.lost, new.slot, predicted * settled)
         np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
         self.late_steps += int((settled > 0).sum())
+
+    def _price(self, steps: Steps) -> Floats:
+        proxy = steps.backend == PROXY_INDEX
+        by_time = np.where(self._is_timed(steps), np.where(proxy, _PROXY_PART, 1.0), 0.0)
+        return self._models.price(steps, by_time[steps.owner], self._idle.watts)
+
+    def _is_timed(self, steps: Steps) -> npt.NDArray[np.bool_]:
+        """Steps that are priced by time: nobody knows what work they did, or they are the proxy's own."""
+        timed: npt.NDArray[np.bool_] = (steps.per_step(steps.tokens) <= 0) | (steps.backend == PROXY_INDEX)
+        return timed
 
     def _settled_fraction(self, steps: Steps) -> Floats:
         if self.settled_until is None:
@@ -84,11 +100,10 @@ class DeviceBook:
 
     # --- settling ---
 
-    def settle(self, backend_names: list[str]) -> None:
+    def settle(self) -> None:
         """Divide the oldest window, for good."""
         window = self.windows.popleft()
         self.look()
-        self._backend_names = backend_names
         scene = self._scene(window)
         self._learn(scene)
         if window.energy:
@@ -118,20 +133,31 @@ class DeviceBook:
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
         if scene.busy:
-            gap = window.length - scene.busy
-            idle = (self._idle.watts or 0.0) * gap / 1000
-            if window.energy > idle:
-                self._models.learn(window.energy - idle, scene.busy if self._idle.watts else window.length)
+            self._learn_costs(scene)
         elif (
             self._last_work < window.start - window.start_slack
             and not self._registry.presence(window.start, window.end).any()
         ):
             self._idle.learn(window.energy, window.length)
 
+    def _learn_costs(self, scene: _Scene) -> None:
+        window, steps = scene.window, scene.steps
+        timed = self._is_timed(steps)
+        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
+            return
+        watts = self._idle_watts()
+        energy = window.energy - watts * (window.length - scene.busy) / 1e3
+        if energy > 0:
+            part = scene.overlap / (steps.ended - steps.started)
+            self._models.learn_energy(steps.where(~timed), part[~timed], energy, scene.busy, window.length)
+
+    def _idle_watts(self) -> float:
+        return self._idle.watts if self._idle.watts is not None else IDLE_GUESS * self._models.busy_watts(None)
+
     def _divide(self, scene: _Scene) -> None:
         window, steps = scene.window, scene.steps
         fraction = scene.overlap / (steps.ended - steps.started)
-        entries = self._models.price(steps, self._idle.watts) * fraction[steps.owner]
+        entries = self._price(steps) * fraction[steps.owner]
         entries = self._by_processes(scene, entries)
         used = self._registry._used
         by_slot = np.bincount(steps.slot, weights=entries, minlength=used).astype(np.float64)
@@ -156,8 +182,7 @@ class DeviceBook:
             )
             foreign = scene.use.foreign * (energy - idle)
             return energy - foreign, foreign, 0.0, 0.0
-        watts = idle_watts if idle_watts is not None else IDLE_GUESS * self._models.busy_watts(None)
-        idle = watts * gap / 1000
+        idle = self._idle_watts() * gap / 1000
         if len(scene.steps) == 0:
             idle, loading = min(idle, mean * gap), energy - min(idle, mean * gap)
         scale = energy / (idle + loading + predicted)
@@ -211,7 +236,7 @@ class DeviceBook:
         steps = scene.steps
         if len(steps):
             done = (scene.overlap / (steps.ended - steps.started))[steps.owner]
-            price = self._models.price(steps, self._idle.watts) * done
+            price = steps.predicted * done
             np.add.at(self.tallies.awaited, steps.slot, -price)
             if scene.window.hole:
                 np.add.at(self.tallies.lost, steps.slot, price)
@@ -238,6 +263,17 @@ class DeviceBook:
             meanwhile=Microjoules(max(round(float(tallies.meanwhile[slot]) + tail), active)),
         )
 
+    def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
+        """Begin a backend's cost model with a prior, or with what was learnt before."""
+        self._models.recall(backend, coefficients)
+        if coefficients.get("idle_watts", 0.0) > 0:
+            self._idle.expect(coefficients["idle_watts"])
+
+    def coefficients(self, backend: int) -> dict[str, float]:
+        """What was learnt of a backend here; empty for nothing."""
+        learnt = self._models.coefficients(backend)
+        return {**learnt, "idle_watts": self._idle.watts} if learnt and self._idle.watts else learnt
+
     def abandon(self, slot: int) -> None:
         """The request settles though work of it may be pending: nobody gets that but `unattributed`."""
         self.pending_steps.disown(slot, UNATTRIBUTED)
@@ -252,5 +288,5 @@ class DeviceBook:
             foreign=Microjoules(self._foreign), unattributed=Microjoules(self._unattributed),
             pending=Microjoules(self._pending), power=timeline.power,
             idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
-            fit_error_ratio={},
+            fit_error_ratio={self._backend_names[index]: error for index, error in self._models.errors().items()},
         )  # fmt: skip

@@ -15,6 +15,11 @@ class IdlePower:
         self.watts: float | None = None
         self._seconds = 0.0
 
+    def expect(self, watts: float) -> None:
+        """Begin with this; the first idle windows outweigh it."""
+        if self.watts is None:
+            self.watts, self._seconds = watts, 0.5
+
     def learn(self, energy: float, length: int) -> None:
         """An idle window used `energy` microjoules in `length` nanoseconds."""
         self._seconds = min(self._seconds + length / 1e9, _FORGET_SECONDS)

@@ -24,6 +24,7 @@ A window settles when all horizons lie past its end, or 30 s after its end whate
 never reopened: a step that comes later is lost work. It is counted and widens its request's interval.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,14 +46,12 @@ from proxy.energy.events import (
     Step,
 )
 from proxy.energy.quantities import Nanoseconds
-from proxy.energy.registry import NEVER, UNATTRIBUTED, Registry, Request
+from proxy.energy.registry import NEVER, PROXY_BACKEND, UNATTRIBUTED, Registry, Request
 from proxy.energy.spans import Use
 from proxy.energy.timeline import LIMIT
 
 __all__ = ["GRACE", "PROXY_BACKEND", "SETTLE_AFTER", "EventError", "Ledger"]
 
-#: The proxy's own work on the host; its steps name all requests in flight and say nothing of how a share was found.
-PROXY_BACKEND = "proxy"
 SETTLE_AFTER = Nanoseconds(30_000_000_000)
 #: How much later than an answer, or than the time it speaks of, a report may come.
 GRACE = Nanoseconds(500_000_000)
@@ -95,6 +94,8 @@ class Ledger:
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
         self._backends: dict[str, _Backend] = {}
+        self._backend_names: list[str] = []
+        self._backend(PROXY_BACKEND)
         self._waiting: dict[str, Request] = {}
         self._orphans: set[str] = set()  # opened by a finish or the proxy's own step: their backend is yet to be seen
         self._settled: list[Attribution] = []
@@ -120,7 +121,7 @@ class Ledger:
         """The end: everything settles with what was measured; what has no finish is `unfinished`."""
         for book in self._devices.values():
             while book.windows:
-                self._settle_window(book)
+                book.settle()
         self._settle_waiting(everything=True)
         for request in list(self._registry.open.values()):
             self._registry.finish(request, self._last_end(request), "unfinished")
@@ -129,7 +130,7 @@ class Ledger:
     def _device(self, event: Device) -> None:
         known = self._devices.get(event.device)
         if known is None:
-            self._devices[event.device] = DeviceBook(event, self._registry)
+            self._devices[event.device] = DeviceBook(event, self._registry, self._backend_names)
         else:
             known.device = event
 
@@ -191,7 +192,12 @@ class Ledger:
         self._settle_windows()
 
     def _model(self, event: Model) -> None:
-        self._metered(event.device)
+        book = self._metered(event.device)
+        if not all(math.isfinite(value) and value >= 0 for value in event.coefficients.values()):
+            raise EventError(f"coefficients of {event.backend} on {event.device} must be finite and not negative")
+        backend = self._backend(event.backend)
+        backend.devices[event.device] = None
+        book.recall(backend.index, event.coefficients)
 
     def _loss(self, event: Loss) -> None:
         if event.reports < 0:
@@ -224,6 +230,7 @@ class Ledger:
         backend = self._backends.get(name)
         if backend is None:
             backend = self._backends[name] = _Backend(name, len(self._backends))
+            self._backend_names.append(name)
         return backend
 
     def _open(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
@@ -334,13 +341,10 @@ class Ledger:
         progress = False
         for name, book in self._devices.items():
             while book.windows and self._is_ready(name, book):
-                self._settle_window(book)
+                book.settle()
                 progress = True
         if progress:
             self._settle_waiting()
-
-    def _settle_window(self, book: DeviceBook) -> None:
-        book.settle(list(self._backends))
 
     def _settle_waiting(self, *, everything: bool = False) -> None:
         for request in list(self._waiting.values()):
@@ -367,8 +371,7 @@ class Ledger:
     def _concerned(self, request: Request) -> dict[str, DeviceBook]:
         """The devices with a meter on which this request works, or may yet turn out to have worked."""
         own = self._backend(request.backend).devices
-        proxy = self._backends.get(PROXY_BACKEND)
-        names = own if proxy is None else {**own, **proxy.devices}
+        names = {**own, **self._backend(PROXY_BACKEND).devices}
         return {
             name: book
             for name, book in self._devices.items()
@@ -442,7 +445,12 @@ class Ledger:
 
     def models(self) -> list[Model]:
         """The coefficients learnt, to be given back as events after a restart."""
-        return []
+        return [
+            Model(backend.name, name, coefficients)
+            for name, book in self._devices.items()
+            for backend in self._backends.values()
+            if (coefficients := book.coefficients(backend.index))
+        ]
 
 
 def _check_times(*times: int) -> None:

@@ -23,6 +23,7 @@ class Steps:
     slot: Ints
     tokens: Floats
     contexts: Floats
+    predicted: Floats  # microjoules, as the cost model priced the entry when it came in
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -41,6 +42,7 @@ class Steps:
         return Steps(
             self.backend[chosen], self.started[chosen], self.ended[chosen], self.count[chosen],
             renumbered[self.owner[entries]], self.slot[entries], self.tokens[entries], self.contexts[entries],
+            self.predicted[entries],
         )  # fmt: skip
 
     def per_step(self, entries: Floats) -> Floats:
@@ -53,7 +55,7 @@ def _ints(values: list[int]) -> Ints:
 
 
 _NONE, _NOTHING = _ints([]), np.zeros(0)
-NO_STEPS = Steps(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NOTHING, _NOTHING)
+NO_STEPS = Steps(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING)
 
 
 class PendingSteps:
@@ -83,7 +85,7 @@ class PendingSteps:
         self._contexts.extend(step.contexts or (0,))
 
     def take_new(self) -> Steps:
-        """The steps added since the last call, which join the others."""
+        """The steps added since the last call; `join` is to put them to the others."""
         if not self._backend:
             return NO_STEPS
         count = _ints(self._count)
@@ -91,14 +93,17 @@ class PendingSteps:
             _ints(self._backend), _ints(self._started), _ints(self._ended), count,
             np.repeat(np.arange(len(count)), count), _ints(self._slot),
             np.array(self._tokens, dtype=np.float64), np.array(self._contexts, dtype=np.float64),
+            np.zeros(len(self._slot)),
         )  # fmt: skip
         self._clear()
-        self._steps = _joined(self._steps, new)
         return new
+
+    def join(self, new: Steps) -> None:
+        self._steps = _joined(self._steps, new)
 
     @property
     def steps(self) -> Steps:
-        """All that were taken and not dropped."""
+        """All that have joined and were not dropped."""
         return self._steps
 
     def drop_until(self, time: int) -> None:
@@ -119,5 +124,5 @@ def _joined(first: Steps, second: Steps) -> Steps:
         join((first.backend, second.backend)), join((first.started, second.started)),
         join((first.ended, second.ended)), join((first.count, second.count)),
         join((first.owner, second.owner + len(first))), join((first.slot, second.slot)),
-        join((first.tokens, second.tokens)), join((first.contexts, second.contexts)),
+        join((first.tokens, second.tokens)), join((first.contexts, second.contexts)), join((first.predicted, second.predicted)),
     )  # fmt: skip

@@ -14,6 +14,8 @@ UNATTRIBUTED = 0
 #: Times before all times and after all times.
 NEVER, FOREVER = -(1 << 62), 1 << 62
 _REMEMBERED = 10_000
+#: The proxy itself is a backend: its work on the host, in steps that name all requests in flight. Its index is 0.
+PROXY_BACKEND, PROXY_INDEX = "proxy", 0
 
 
 @dataclass(slots=True)

@@ -1,0 +1,161 @@
+"""What one backend's steps cost on one device: DESIGN's roofline durations and step energies, and their fair shares.
+
+A participant computes t tokens and holds k of context; an average token of it attends to s = k - (t - 1) / 2 (a causal
+chunk's early tokens see less). A step of n participants takes and uses
+
+    d = launch + launch_sequence·n + max(Σ (compute_token·t + compute_attention·t·s), memory_step + Σ memory_context·k)
+    E = step + Σ (sequence + token·t + attention·t·s + context·k) + static_watts·d
+
+in seconds and joules. `docs/cost-model.md` says where the coefficients come from.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from proxy.energy.fit import OnlineFit
+from proxy.energy.pending import Floats, Steps
+from proxy.energy.shapley import roofline_shares
+
+DURATION = ("launch", "launch_sequence", "compute_token", "compute_attention", "memory_step", "memory_context")
+ENERGY = ("step", "sequence", "token", "attention", "context", "static_watts")
+
+#: A step at which a machine turns from memory- to compute-bound, in tokens, where nothing tells (accelerators: 150-300).
+_KNEE = 200.0
+#: Of an unknown model: context tokens that cost as much memory traffic as the weights, and as much compute as a token.
+_MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
+#: How far off a coefficient may be, relative to itself: learnt before, derived from the model's config, or guessed.
+_DOUBT_LEARNT, _DOUBT_PRIOR, _DOUBT_GUESS = 0.1, 0.4, 1.0
+_DURATION_HORIZON = 20_000.0
+_DURATION_SIGMA = 0.05
+#: So many windows make coefficients that were learnt worth more than a prior.
+_LEARNT_WINDOWS = 100.0
+
+
+class Work(NamedTuple):
+    """Some steps' work: per participant tokens, attention (t·s) and context; per step their sums and the count."""
+
+    steps: Steps
+    attention: Floats
+    sums: Floats  # (steps, 4): participants, tokens, attention, context
+
+
+def work_of(steps: Steps) -> Work:
+    attention = steps.tokens * np.maximum(steps.contexts - (steps.tokens - 1) / 2, 0.0)
+    columns = (steps.tokens, attention, steps.contexts)
+    sums = np.empty((len(steps), 4))
+    sums[:, 0] = steps.count
+    for column, values in enumerate(columns, start=1):
+        sums[:, column] = np.bincount(steps.owner, weights=values, minlength=len(steps))
+    return Work(steps, attention, sums)
+
+
+class StepModel:
+    """The two fits of one backend on one device. Until it is told or sees something it is a guess without a scale."""
+
+    def __init__(self, coefficients: Mapping[str, float] | None = None) -> None:
+        self.seconds: OnlineFit | None = None
+        self.energy_prior: Floats | None = None
+        self.energy_doubt = np.full(len(ENERGY), _DOUBT_GUESS)
+        self.windows = 0.0
+        self.off, self.used = 0.0, 0.0  # joules recently mispredicted, of joules
+        if coefficients:
+            self._recall(coefficients)
+
+    def _recall(self, coefficients: Mapping[str, float]) -> None:
+        doubt = _DOUBT_LEARNT if coefficients.get("windows", 0.0) >= _LEARNT_WINDOWS else _DOUBT_PRIOR
+        if any(coefficients.get(name, 0.0) > 0 for name in DURATION):
+            prior = _floored(np.array([coefficients.get(name, 0.0) for name in DURATION]), _duration_guess(1.0))
+            self.seconds = OnlineFit(prior, np.full(len(DURATION), doubt), _DURATION_HORIZON)
+        if any(coefficients.get(name, 0.0) > 0 for name in ENERGY):
+            self.energy_prior = np.array([coefficients.get(name, 0.0) for name in ENERGY])
+            self.energy_doubt = np.full(len(ENERGY), doubt)
+
+    # --- durations ---
+
+    def learn_durations(self, work: Work) -> None:
+        """From steps' own timestamps. Steps of other backends at the same time stretch them: those do not fit."""
+        seconds = (work.steps.ended - work.steps.started) / 1e9
+        if self.seconds is None:
+            guess = _duration_guess(1.0)
+            scale = float(np.median(seconds / self._roofline(work.sums, guess)))
+            self.seconds = OnlineFit(guess * scale, np.full(len(DURATION), _DOUBT_GUESS), _DURATION_HORIZON)
+        features = self._duration_features(work.sums, self.seconds.coefficients)
+        self.seconds.add(features, seconds, _DURATION_SIGMA * seconds)
+        self.seconds.solve()
+
+    @property
+    def duration(self) -> Floats:
+        return self.seconds.coefficients if self.seconds is not None else _duration_guess(1.0)
+
+    def durations(self, work: Work) -> Floats:
+        """Predicted seconds of each step."""
+        return self._roofline(work.sums, self.duration)
+
+    @staticmethod
+    def _roofline(sums: Floats, c: Floats) -> Floats:
+        n, tokens, attention, context = sums.T
+        seconds: Floats = c[0] + c[1] * n + np.maximum(c[2] * tokens + c[3] * attention, c[4] + c[5] * context)
+        return seconds
+
+    @staticmethod
+    def _duration_features(sums: Floats, c: Floats) -> Floats:
+        """The duration is linear in its coefficients once it is known which side of the maximum bounds the step."""
+        n, tokens, attention, context = sums.T
+        compute = c[2] * tokens + c[3] * attention > c[4] + c[5] * context
+        features = np.zeros((len(sums), len(DURATION)))
+        features[:, 0], features[:, 1] = 1.0, n
+        features[compute, 2], features[compute, 3] = tokens[compute], attention[compute]
+        features[~compute, 4], features[~compute, 5] = 1.0, context[~compute]
+        return features
+
+    # --- energies ---
+
+    def energy_features(self, work: Work) -> Floats:
+        """(steps, energy coefficients): a step's joules are this times the coefficients."""
+        features = np.empty((len(work.sums), len(ENERGY)))
+        features[:, 0] = 1.0
+        features[:, 1:5] = work.sums
+        features[:, 5] = self.durations(work)
+        return features
+
+    def guess_energy(self, watts: float, typical: Floats) -> Floats:
+        """A first guess where no prior was given: a busy device draws so many watts, in a step with these sums.
+
+        Two fifths are static, the rest goes with what bounds each side of the roofline.
+        """
+        _, tokens, attention, context = typical
+        d = self.duration
+        compute = max(d[2] * tokens + d[3] * attention, 1e-12)
+        memory = max(d[4] + d[5] * context, 1e-12)
+        dynamic = 0.6 * watts
+        joules = dynamic * float(self._roofline(typical[None, :], d)[0]) / (compute + memory)
+        return np.array([
+            joules * d[4], 0.1 * watts * d[1] + 1e-9 * watts, joules * d[2], joules * d[3], joules * d[5], 0.4 * watts
+        ])  # fmt: skip
+
+    def price(self, work: Work, energy: Floats) -> Floats:
+        """Joules of each participant: its Shapley value of its step's energy."""
+        steps, d = work.steps, self.duration
+        compute = d[2] * steps.tokens + d[3] * work.attention
+        roof = roofline_shares(compute, d[5] * steps.contexts, d[4], steps.owner, steps.count)
+        per_step = (energy[0] + energy[5] * d[0]) / steps.count
+        own = energy[1] + energy[5] * d[1] + energy[2] * steps.tokens
+        joules: Floats = per_step[steps.owner] + own
+        joules += energy[3] * work.attention + energy[4] * steps.contexts + energy[5] * roof
+        return joules
+
+
+def _duration_guess(seconds: float) -> Floats:
+    """The shape of an unknown transformer on an unknown accelerator, whose lightest step takes about `seconds`."""
+    return seconds * np.array(
+        [0.15, 0.002, 1 / _KNEE, 1 / _KNEE / _COMPUTE_CONTEXT, 1.0, 1 / _MEMORY_CONTEXT]
+    )  # fmt: skip
+
+
+def _floored(values: Floats, shape: Floats) -> Floats:
+    """No coefficient of exactly 0, or the fit could never raise it: a hundredth of a guess of the same size."""
+    known = values > 0
+    scale = float(np.median(values[known] / shape[known]))
+    return np.where(known, values, 0.01 * scale * shape)
