@@ -1,0 +1,87 @@
+"""`python -m bench.attribution [--quick] [--json FILE]` prints the accuracy tables; all in them is simulated."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from bench.attribution.evaluate import Result, evaluate
+from bench.attribution.report import main_tables, stress_table
+from bench.attribution.scenarios import Scenario, main_loads, stresses
+
+QUICK_SCALE = 0.12
+QUICK_STRESS_SECONDS = 6.0
+NOTE = "Simulated: no hardware was measured. Truth: the exact Shapley value of the simulator's own step energy."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    loads = _chosen(main_loads(QUICK_SCALE if options.quick else 1.0), options)
+    hard = _chosen(stresses(QUICK_STRESS_SECONDS) if options.quick else stresses(), options)
+    if not loads and not hard:
+        print(f"no scenario is called {options.only}", file=sys.stderr)
+        return 2
+    begun = perf_counter()
+    load_results, hard_results = _run(loads), _run(hard)
+    print(NOTE, end="\n\n")
+    if load_results:
+        print(main_tables(load_results))
+    if hard_results:
+        print(stress_table(hard_results))
+    print(f"{perf_counter() - begun:.0f} s")
+    if options.json is not None:
+        options.json.write_text(json.dumps(_document(options, load_results, hard_results), indent=1) + "\n")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.attribution", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short runs: tells whether it works, not how well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", metavar="NAME", action="append", help="just this scenario (may be given again)")
+    return parser.parse_args(arguments)
+
+
+def _chosen(scenarios: list[Scenario], options: argparse.Namespace) -> list[Scenario]:
+    wanted = [s for s in scenarios if options.only is None or s.name in options.only]
+    return [replace(scenario, seed=options.seed) for scenario in wanted]
+
+
+def _run(scenarios: list[Scenario]) -> list[Result]:
+    results = []
+    for scenario in scenarios:
+        print(f"{scenario.name} ...", file=sys.stderr, flush=True)
+        results.append(evaluate(scenario))
+    return results
+
+
+def _document(options: argparse.Namespace, loads: list[Result], hard: list[Result]) -> dict[str, object]:
+    return {
+        "simulated": True,
+        "note": NOTE,
+        "quick": options.quick,
+        "seed": options.seed,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "joulegate": _own_version()},
+        "machine": platform.machine(),
+        "loads": [result.as_json() for result in loads],
+        "stresses": [result.as_json() for result in hard],
+    }
+
+
+def _own_version() -> str:
+    try:
+        return version("joulegate")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
