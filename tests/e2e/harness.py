@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import httpx
 import uvicorn
-from proxy.meter.discover import Discovery
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
@@ -24,6 +23,7 @@ from proxy.config import parse
 from proxy.energy.attribution import DeviceBalance
 from proxy.energy.quantities import Microjoules, Watts, microjoules
 from proxy.meter.base import Meter, Reading
+from proxy.meter.discover import Discovery
 from proxy.recorder import Recorder
 from tests.backends.fake_kind import FakeKind
 
