@@ -1,70 +1,56 @@
-"""A node that is busy: its metrics move as those of a real one do, and are served over HTTP."""
+"""A node that is busy: the real proxy with stand-in engines, and clients that ask for a little of everything."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
+from pathlib import Path
 
-from proxy.energy.quantities import Microjoules
-from proxy.export.metrics import Metrics
-from proxy.export.snapshot import OperationsSnapshot
-from tests.export.nodes import balance, snapshot
-from tests.receipts import receipt
+import httpx
+
+from tests.e2e.harness import SteadyMeter, running
+
+ASKED = (
+    ("/v1/chat/completions", {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hello"}]}),
+    ("/v1/chat/completions", {"model": "chat", "messages": [{"role": "user", "content": "hello"}]}),
+    ("/classify", {"model": "sentiment", "input": "a fine film"}),
+    ("/v1/images/generations", {"model": "painter", "prompt": "a red apple"}),
+)
+
+
+@dataclass
+class ComparedMeter(SteadyMeter):
+    """A meter that has a second source to compare itself with."""
+
+    disagreement: float | None = 0.01
 
 
 class _Load(threading.Thread):
-    """Twenty requests a second, each of which costs what the receipts' example does."""
+    """Asks, rests (so that the devices are idle at times), and asks again."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
-        self._metrics = metrics
+        self._url = url
         self._ended = threading.Event()
-        self._done = 0
 
     def run(self) -> None:
-        while not self._ended.wait(0.05):
-            self._done += 1
-            self._metrics.request_finished("chat", "/v1/chat/completions", 200, 0.4)
-            self._metrics.first_token("chat", 0.05)
-            self._metrics.tokens("chat", "prompt", 12)
-            self._metrics.tokens("chat", "completion", 40)
-            self._metrics.receipt_settled(receipt(str(self._done)), Microjoules(12_000_000))
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._ended.wait(0.3):
+                for path, body in ASKED:
+                    client.post(path, json=body).raise_for_status()
 
     def stop(self) -> None:
         self._ended.set()
         self.join()
 
-    def snapshot(self) -> OperationsSnapshot:
-        requests = self._done * 10_100_000
-        return snapshot(balance(requests=requests, counter=100_000_000 + 2 * requests), balance("host"))
-
 
 @contextmanager
-def busy_node() -> Iterator[str]:
-    """`host:port` of a node that serves `/metrics`."""
-    metrics = Metrics(["chat", "painter"])
-    load = _Load(metrics)
-    metrics.watch(load.snapshot)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = metrics.render()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Not into the tests' output."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        serving = threading.Thread(target=server.serve_forever, daemon=True)
-        serving.start()
+def busy_node(folder: Path) -> Iterator[str]:
+    """`host:port` of a proxy that serves requests and `/metrics`."""
+    with running(folder, meters=[ComparedMeter(), SteadyMeter("host", 50.0, kind="rapl")]) as proxy:
+        load = _Load(proxy.url)
         load.start()
         try:
-            yield f"127.0.0.1:{server.server_address[1]}"
+            yield proxy.url.removeprefix("http://")
         finally:
             load.stop()
-            server.shutdown()
-            serving.join()

@@ -81,7 +81,7 @@ def empty(client: httpx.Client, wanted: set[str]) -> set[str]:
 
 def test_every_panel_finds_its_data(tmp_path: Path) -> None:
     wanted = {expression for path in DASHBOARDS for expression in expressions(path)}
-    with busy_node() as node, prometheus(node, tmp_path) as client:
+    with busy_node(tmp_path) as node, prometheus(node, tmp_path) as client:
         assert empty(client, wanted) == set()
         alerts = client.get("/alerts").json()["data"]["alerts"]
     assert [alert["labels"]["alertname"] for alert in alerts] == []
