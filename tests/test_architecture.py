@@ -13,7 +13,7 @@ ENGINES = {"torch", "vllm", "diffusers", "transformers", "xllamacpp"}
 #: Folders of the proxy by layer: each may import itself and what stands to its right in the lists.
 MAY_IMPORT = {
     "proxy/energy": {"proxy.energy"},
-    "proxy/meter": {"proxy.meter", "proxy.energy", "proxy.trace"},
+    "proxy/meter": {"proxy.meter", "proxy.energy", "proxy.errors", "proxy.trace"},
     "proxy/store": {"proxy.store", "proxy.energy", "proxy.errors"},
     "proxy/export": {"proxy.export", "proxy.energy"},
     "proxy/routing": {"proxy.routing", "proxy.energy", "proxy.relay.endpoints", "proxy.errors", "backends"},

@@ -21,7 +21,7 @@ SECRET = "xylophonist"
 
 
 def spec(**fields: Any) -> BackendSpec:
-    return BackendSpec(**{"name": "chat", "kind": "llamacpp", "model": "smollm2", **fields})
+    return BackendSpec(**{"name": "chat", "kind": "llamacpp", "model": "starter:smollm2", **fields})
 
 
 def launch(**fields: Any) -> Launch:

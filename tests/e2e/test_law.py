@@ -67,4 +67,4 @@ def test_the_metrics_tell_the_same(tmp_path: Path) -> None:
         assert proxy.metric("joulegate_backend_up", model="chat") == 1
         reports = proxy.metric("joulegate_step_reports_total", backend="chat")
         assert reports is not None
-        assert reports > 30
+        assert reports >= 25
