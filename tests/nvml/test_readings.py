@@ -13,7 +13,7 @@ import pytest
 from proxy.energy.events import Event, Sample
 from proxy.energy.ledger import Ledger
 from tests.nvml.conftest import Lab
-from tests.nvml.scenarios import Course, watch
+from tests.nvml.scenarios import Course, find_everything, watch
 from tests.nvml.stub import Gpu
 
 NOT_SUPPORTED, NO_PERMISSION, DRIVER_NOT_LOADED, TIMEOUT = 3, 4, 9, 10
@@ -119,7 +119,7 @@ WELL = f"gpu:{len(FAULTS)}"
 
 @pytest.fixture(scope="module")
 def ailing(shared_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Course, float, float]:
-    """What a sampler makes of a machine whose GPUs all fail in their own ways between two times, and then work again."""
+    """What a sampler makes of a machine whose GPUs fail, each in its way, between two times, and then work again."""
     stub = shared_lab.stub
     stub.reset([Gpu() for _ in range(len(FAULTS) + 1)])
     course_of = Watching(shared_lab, tmp_path_factory.mktemp("ailing"))
@@ -136,7 +136,7 @@ def ailing(shared_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[C
     return course_of.stop(), began_all, ended
 
 
-@pytest.mark.parametrize("gpu", range(len(FAULTS)), ids=lambda gpu: "{0}-{1}".format(*FAULTS[gpu]))
+@pytest.mark.parametrize("gpu", range(len(FAULTS)), ids=lambda gpu: f"{FAULTS[gpu][0]}-{FAULTS[gpu][1]}")
 def test_a_fault_is_told_with_its_cure_never_a_number_and_passes(ailing: tuple[Course, float, float], gpu: int) -> None:
     course, began, ended = ailing
     device, cure = f"gpu:{gpu}", FAULTS[gpu][2]
@@ -171,6 +171,7 @@ def test_energy_of_an_outage_is_not_lost(lab: Lab, watching: Callable[..., Watch
 
 
 def test_a_driver_that_is_reloaded_is_found_again(lab: Lab, watching: Callable[..., Watching]) -> None:
+    lab.run(find_everything)  # imports CodeCarbon, which opens NVML a second time
     lab.stub.reset([Gpu(), Gpu()])
     course_of = watching()
     lab.stub.refuse_init(DRIVER_NOT_LOADED)
