@@ -66,7 +66,8 @@ class Recorder:
         self._queued = 0
         self._queue_limit = queue_limit
         self._lost_steps: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the queue; held for moments
+        self._writing = threading.Lock()
         self._retry_at = self._told_at = float("-inf")
         self._stopping = threading.Event()
         try:
@@ -85,7 +86,7 @@ class Recorder:
             self._queued += len(events)
 
     def _without_the_bulk(self, events: Sequence[Event]) -> Sequence[Event]:
-        """What a full queue still takes: not steps and samples, which come by the thousand; nothing when it overflows."""
+        """What a full queue still takes: all but steps and samples; nothing once it is twice as full."""
         bulk = (Step, Sample, Processes) if self._queued < 2 * self._queue_limit else object
         self._lose(event for event in events if isinstance(event, bulk))
         return [event for event in events if not isinstance(event, bulk)]
@@ -94,15 +95,20 @@ class Recorder:
         """Write what is queued and end. The trace is complete when this returns."""
         self._stopping.set()
         self._thread.join(timeout=10)
+        self.flush()
         self._files.close()
 
     def _run(self) -> None:
         while not self._stopping.wait(FLUSH_SECONDS):
             if time.monotonic() >= self._retry_at:
-                self._flush()
-        self._flush()
+                self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is queued now. Happens by itself four times a second."""
+        with self._writing:
+            self._write_queue()
+
+    def _write_queue(self) -> None:
         chunk, events = bytearray(), list[Event]()
         if not self._files.is_open:
             self._files.next(self._state.head())

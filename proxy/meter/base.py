@@ -27,6 +27,18 @@ class MeterProblem(NamedTuple):
     cure: str
 
 
+#: Where a meter that adds up begins to count, in microjoules, so that there is something to drop from.
+FIRST_ORIGIN = Microjoules(1_000_000)
+
+
+def next_origin(origin: Microjoules) -> Microjoules:
+    """Where to count on from when nobody knows what was used meanwhile: below all readings so far, hence a new epoch.
+
+    `origin` is where the count last began. (After a million epochs it begins at the top again.)
+    """
+    return Microjoules(origin - 1) if origin > 0 else FIRST_ORIGIN
+
+
 class Reading(NamedTuple):
     """A device's cumulative energy since some arbitrary point, and its power now where the hardware says it."""
 

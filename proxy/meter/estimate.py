@@ -22,8 +22,8 @@ from proxy.meter.base import MeterError, Reading
 #: table does not know gets 4 W per thread.
 ACCURACY_RATIO = 0.5
 
-#: /proc/stat counts CPU time in ticks of 10 ms: a load over less than that is noise.
-SHORTEST_INTERVAL = Nanoseconds(20_000_000)
+#: /proc/stat counts CPU time in ticks of 10 ms: a load over less than ten of them is mostly noise, and dear to read.
+SHORTEST_INTERVAL = Nanoseconds(100_000_000)
 
 
 class EstimateMeter:

@@ -14,7 +14,7 @@ import psutil
 import pynvml
 
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
-from proxy.meter.base import MeterError, Reading
+from proxy.meter.base import FIRST_ORIGIN, MeterError, Reading, next_origin
 from proxy.meter.nvml_api import FINAL, NOT_FOUND, Link, NvmlError, Source
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ NOTABLE_DISAGREEMENT = 0.1
 
 
 class Integral:
-    """Energy as power over time, by trapezoids; after a pause too long it starts anew from 0."""
+    """Energy as power over time, by trapezoids; after a pause too long it starts a new epoch (a drop)."""
 
     def __init__(self) -> None:
-        self.microjoules = 0.0
+        self._origin = FIRST_ORIGIN
+        self.microjoules = float(self._origin)
         self._at: int | None = None
         self._watts = 0.0
 
@@ -47,7 +48,8 @@ class Integral:
         if continued:
             self.microjoules += (watts + self._watts) / 2 * pause / 1000
         else:
-            self.microjoules = 0.0
+            self._origin = next_origin(self._origin)
+            self.microjoules = float(self._origin)
         self._at, self._watts = at, watts
         return continued
 

@@ -56,6 +56,9 @@ STALE = frozenset({UNINITIALIZED, INVALID_ARGUMENT, NOT_FOUND, DRIVER_NOT_LOADED
 FINAL = frozenset({NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND})
 
 
+_MOST_USERS = 100
+
+
 class NvmlError(MeterError):
     """An NVML call failed with `code`; the message names the call, the error and the cure."""
 
@@ -101,7 +104,8 @@ class Session:
             return False
         self._renewed_at = now
         self.generation += 1
-        self.close()
+        self._open = False
+        _shut_down_entirely()
         ask(pynvml.nvmlInit)
         self._open = True
         log.info("NVML was opened anew")
@@ -114,6 +118,15 @@ class Session:
                 pynvml.nvmlShutdown()
             except pynvml.NVMLError as error:
                 log.debug("NVML did not shut down cleanly: %s", error)
+
+
+def _shut_down_entirely() -> None:
+    """NVML counts its users and begins anew only without any; CodeCarbon's import alone makes one, for good."""
+    for _ in range(_MOST_USERS):
+        try:
+            pynvml.nvmlShutdown()
+        except pynvml.NVMLError:
+            return
 
 
 @dataclass(frozen=True, slots=True)

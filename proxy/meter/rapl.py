@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.energy.quantities import Microjoules, Nanoseconds
-from proxy.meter.base import MeterError, Reading
+from proxy.meter.base import FIRST_ORIGIN, MeterError, Reading, next_origin
 from proxy.meter.estimate import cpu_name
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class RaplMeter:
         self._zones = _open_zones(root)
         self._clock = clock
         self._read_at = clock()
-        self._total = 0
+        self._total = self._origin = FIRST_ORIGIN
         self._longest_pause = Nanoseconds(min(zone.span for zone in self._zones) * 1000 // HIGHEST_WATTS)
         self.name = f"{cpu_name() or 'CPU'} ({'+'.join(zone.name for zone in self._zones)})"
 
@@ -104,14 +104,14 @@ class RaplMeter:
         if now - self._read_at > self._longest_pause:
             self._start_new_epoch(now - self._read_at)
         else:
-            self._total += rise
+            self._total = Microjoules(self._total + rise)
         self._read_at = now
-        return Reading(Microjoules(self._total), None)
+        return Reading(self._total, None)
 
     def _start_new_epoch(self, pause: int) -> None:
         """Nobody knows how often the counters wrapped in so long a pause: say nothing of it, not too little."""
         log.warning("RAPL was not read for %.0f s, may have wrapped twice, and its count starts anew", pause / 1e9)
-        self._total = 0
+        self._total = self._origin = next_origin(self._origin)
 
     def close(self) -> None:
         for zone in self._zones:

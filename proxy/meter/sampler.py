@@ -29,7 +29,7 @@ LONGEST_RETRY_PAUSE = 1.0
 STALE_SECONDS = 2.0
 STALE_PERIODS = 5
 
-#: One line of log per meter and kind of trouble in so many seconds.
+#: One line of log per meter and kind of trouble (one cure is one kind) in so many seconds.
 LOG_PAUSE = 60.0
 
 #: A meter's accuracy is emitted anew when it has changed by more than this.
@@ -46,6 +46,11 @@ class MeterStatus:
     up: bool
     error: str | None
     disagreement: float | None
+
+
+def next_due(due: float, now: float, period: float) -> float:
+    """The first whole number of periods after `due` that is yet to come: no drift, and missed rounds stay missed."""
+    return due + period * (1 + max(0, int((now - due) / period)))
 
 
 class _Troubles:
@@ -127,7 +132,7 @@ class _Watched:
         self._retry_pause = self._period if self.error is None else min(2 * self._retry_pause, LONGEST_RETRY_PAUSE)
         self._retry_at = time.monotonic() + self._retry_pause
         self.error = str(error) if isinstance(error, MeterError) else f"{type(error).__name__}: {error}"
-        if self._troubles.are_news(error.why if isinstance(error, MeterError) else self.error):
+        if self._troubles.are_news((error.cure or error.why) if isinstance(error, MeterError) else self.error):
             bug = None if isinstance(error, MeterError) else error
             log.warning("%s: the %s meter failed: %s", self.meter.device, self.meter.kind, self.error, exc_info=bug)
 
@@ -189,12 +194,7 @@ class Sampler:
         due = time.monotonic()
         while not self._stopping.wait(max(0.0, due - time.monotonic())):
             self._hand_over(self._round())
-            due = self._next_due(due)
-
-    def _next_due(self, due: float) -> float:
-        """Always a whole number of periods after the start; rounds that were missed are not made up for."""
-        late = time.monotonic() - due
-        return due + self._period * (1 + max(0, int(late / self._period)))
+            due = next_due(due, time.monotonic(), self._period)
 
     def _round(self) -> list[Event]:
         events: list[Event] = []

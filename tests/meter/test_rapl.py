@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.meter.base import Meter, MeterError
+from proxy.energy.quantities import Microjoules
+from proxy.meter.base import FIRST_ORIGIN, Meter, MeterError, next_origin
 from proxy.meter.rapl import RaplMeter, unwrapped_rise
 
 RANGE = 262_143_328_850
@@ -35,6 +36,11 @@ def powercap(tmp_path: Path) -> Powercap:
     return Powercap(tmp_path / "powercap")
 
 
+def risen(meter: Meter) -> int:
+    """Microjoules since the meter was opened."""
+    return meter.read().energy - FIRST_ORIGIN
+
+
 class Clock:
     now = 0
 
@@ -51,7 +57,7 @@ def test_packages_and_memory_are_summed_and_nothing_is_counted_twice(powercap: P
     powercap.zone("intel-rapl:2", "psys", 50_000_000)
     powercap.zone("intel-rapl-mmio:0", "package-0", 7_000_000_000)
     meter: Meter = RaplMeter(powercap.root)
-    assert meter.read().energy == 0
+    assert risen(meter) == 0
     powercap.set("intel-rapl:0", 7_010_000_000)
     powercap.set("intel-rapl:0:0", 6_000_000)
     powercap.set("intel-rapl:0:1", 5_000_000)
@@ -59,7 +65,7 @@ def test_packages_and_memory_are_summed_and_nothing_is_counted_twice(powercap: P
     powercap.set("intel-rapl:1", 9_000_000_001)
     powercap.set("intel-rapl:2", 99_000_000)
     powercap.set("intel-rapl-mmio:0", 7_010_000_000)
-    assert meter.read().energy == 10_000_000 + 500 + 1
+    assert risen(meter) == 10_000_000 + 500 + 1
     assert (meter.device, meter.kind, meter.estimated) == ("host", "rapl", False)
     meter.close()
 
@@ -70,7 +76,7 @@ def test_zones_are_found_below_their_packages_too(powercap: Powercap) -> None:
     meter = RaplMeter(powercap.root)
     powercap.set("intel-rapl/intel-rapl:0", 105)
     powercap.set("intel-rapl/intel-rapl:0/intel-rapl:0:0", 107)
-    assert meter.read().energy == 12
+    assert risen(meter) == 12
     meter.close()
 
 
@@ -82,7 +88,7 @@ def test_dies_that_show_one_counter_count_once(powercap: Powercap) -> None:
     powercap.set("intel-rapl:0", 5_000_001_000)
     powercap.set("intel-rapl:1", 5_000_001_900)
     powercap.set("intel-rapl:2", 8_000_000_010)
-    assert meter.read().energy == 1010
+    assert risen(meter) == 1010
     meter.close()
 
 
@@ -90,7 +96,7 @@ def test_a_counter_that_wraps_is_not_a_new_epoch(powercap: Powercap) -> None:
     powercap.zone("intel-rapl:0", "package-0", RANGE - 1_000)
     meter = RaplMeter(powercap.root)
     powercap.set("intel-rapl:0", 500)
-    assert meter.read().energy == 1_500
+    assert risen(meter) == 1_500
     meter.close()
 
 
@@ -118,14 +124,14 @@ def test_after_a_pause_that_may_hide_several_wraps_the_count_starts_anew(
     meter = RaplMeter(powercap.root, clock)
     powercap.set("intel-rapl:0", 5_001_000)
     clock.now += 1_000_000_000
-    assert meter.read().energy == 5_000_000
+    assert risen(meter) == 5_000_000
     powercap.set("intel-rapl:0", 6_001_000)
     clock.now += 66_000_000_000
-    assert meter.read().energy == 0
+    assert (restart := meter.read().energy) < FIRST_ORIGIN  # a drop: a new epoch
     assert "starts anew" in caplog.text
     powercap.set("intel-rapl:0", 6_002_000)
     clock.now += 1_000_000_000
-    assert meter.read().energy == 1_000
+    assert meter.read().energy == restart + 1_000
     meter.close()
 
 
@@ -156,7 +162,7 @@ def test_a_counter_that_turns_unreadable_is_an_error_never_a_number(powercap: Po
     with pytest.raises(MeterError, match="could not be read"):
         meter.read()
     powercap.set("intel-rapl:0", 250)
-    assert meter.read().energy == 150
+    assert risen(meter) == 150
     meter.close()
 
 
@@ -169,5 +175,12 @@ def test_one_failing_zone_of_two_loses_nothing(powercap: Powercap) -> None:
     with pytest.raises(MeterError):
         meter.read()
     powercap.set("intel-rapl:0:0", 130)
-    assert meter.read().energy == 530
+    assert risen(meter) == 530
     meter.close()
+
+
+@given(st.integers(0, FIRST_ORIGIN))
+def test_a_new_epoch_lies_below_all_readings_of_the_last(origin: int) -> None:
+    after = next_origin(Microjoules(origin))
+    assert after >= 0
+    assert after < origin or origin == 0

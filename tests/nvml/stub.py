@@ -32,7 +32,7 @@ class Gpu:
     uuid: str = ""
     idle_watts: float = 60.0
     busy_watts: float = 400.0
-    settings: dict[str, str] = field(default_factory=lambda: {"tick": "0.1", "average": "1"})
+    settings: dict[str, str] = field(default_factory=lambda: {"tick": "0.02", "average": "1"})
     faults: dict[str, int] = field(default_factory=dict)
     processes: dict[int, int] = field(default_factory=dict)
     since: tuple[float, float] = (0.0, 123.0)
