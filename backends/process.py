@@ -163,6 +163,9 @@ _EXCEPTION = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Interrupt
 _HOLLOW = re.compile(r"root cause|initialization failed|see (?:the )?(?:logs?|stack ?trace)|core proc", re.IGNORECASE)
 
 
+_LABEL = re.compile(r"^(?:ERROR|CRITICAL|FATAL):?\s+")
+
+
 def cause_in(lines: Sequence[str]) -> str:
     """Why a process failed, as far as the end of its log tells: one line, "" if it said nothing."""
     exceptions = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
@@ -170,5 +173,5 @@ def cause_in(lines: Sequence[str]) -> str:
     for candidates in (exceptions, errors):
         telling = [line for line in candidates if ":" in line and not _HOLLOW.search(line)]
         if telling:
-            return telling[-1].strip()
+            return _LABEL.sub("", telling[-1].strip())
     return lines[-1].strip() if lines else ""

@@ -45,6 +45,7 @@ _MESSAGE_PARTICIPANTS = 1024  # steps are joined into one message up to this man
 _KEPT_PARTICIPANTS = 65_536  # what a sender keeps while nobody listens, some 10 MB
 _KEPT_STEPS = 4096
 _KEPT_STATES = 16
+_WHY_CHARACTERS = 500
 _SEND_BUFFER_BYTES = 1 << 20
 _RECONNECT_NANOSECONDS = 500_000_000
 _FULL_NANOSECONDS = 5_000_000  # how long a full socket is left alone
@@ -92,7 +93,7 @@ class StepMessage(msgspec.Struct, frozen=True):
 
     `source` names the sending process (an engine may have several, and each restart is another). `sequence` counts the
     steps it has sent before this message, so that a gap is the number of steps lost on the way; `lost` counts the
-    steps it dropped itself. Both only rise.
+    steps it dropped itself. Both only rise. `unable` is why the engine will tell no steps at all, "" while it does.
     """
 
     v: int
@@ -102,6 +103,7 @@ class StepMessage(msgspec.Struct, frozen=True):
     lost: Count
     steps: list[StepReport] = []
     states: list[LoadingState] = []
+    unable: str = ""
 
 
 _ATTEMPT = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?:\.[0-9]{1,4})?(?![0-9a-f])")
@@ -191,6 +193,16 @@ class StepReporter:
         if left:
             self._send_later()
 
+    def unable(self, why: str) -> None:
+        """Tell that this engine's steps cannot be known, so that the proxy does without them."""
+        with self._lock:
+            self._outbox.unable = why[:_WHY_CHARACTERS]
+            self._outbox.add_state(LoadingState(time.monotonic_ns(), False, self.devices))  # it goes with a message
+            self._flush()
+            left = not self._outbox.empty
+        if left and self._line is not None:
+            self._send_later()
+
     def flush(self) -> None:
         """Send what is there now, as far as the proxy takes it."""
         with self._lock:
@@ -247,6 +259,7 @@ class _Outbox:
         self._states_in_message = 0
         self._encoder = msgspec.msgpack.Encoder()
         self.lost = 0
+        self.unable = ""
 
     @property
     def steps(self) -> int:
@@ -284,6 +297,7 @@ class _Outbox:
                 "lost": self.lost,
                 "steps": steps,
                 "states": list(self._states),
+                "unable": self.unable,
             }
         )
 
@@ -373,7 +387,8 @@ class StepReceiver:
     """Takes step reports at `path`, whose directory is made (or must be) private to this user.
 
     `on_steps(backend, steps)`, `on_loss(backend, steps lost since the last call)` and `on_state(backend, state)` are
-    called in the event loop. Only `backends` may report. A malformed message is logged and ends its connection.
+    called in the event loop, and `on_unable(backend, why)` when an engine cannot tell its steps (it is logged by
+    default). Only `backends` may report. A malformed message is logged and ends its connection.
     """
 
     def __init__(
@@ -384,12 +399,14 @@ class StepReceiver:
         on_steps: Callable[[str, Sequence[StepReport]], None],
         on_loss: Callable[[str, int], None],
         on_state: Callable[[str, LoadingState], None],
+        on_unable: Callable[[str, str], None] | None = None,
     ) -> None:
         self.path = path
         self._backends = frozenset(backends)
         self._on_steps = on_steps
         self._on_loss = on_loss
         self._on_state = on_state
+        self._on_unable = on_unable or _log_unable
         self._listener: socket.socket | None = None
         self._connections: set[socket.socket] = set()
         self._progress: OrderedDict[tuple[str, str], _Progress] = OrderedDict()
@@ -468,6 +485,8 @@ class StepReceiver:
         lost = self._newly_lost(message)
         if lost:
             self._on_loss(message.backend, lost)
+        if message.unable:
+            self._on_unable(message.backend, message.unable)
         for state in message.states:
             self._on_state(message.backend, state)
         if message.steps:
@@ -489,6 +508,10 @@ class StepReceiver:
         asyncio.get_running_loop().remove_reader(connection.fileno())
         self._connections.discard(connection)
         connection.close()
+
+
+def _log_unable(backend: str, why: str) -> None:
+    logger.warning("%s: its engine cannot tell its steps: %s", backend, why)
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -28,7 +28,8 @@ class BackendStatus:
     """How a backend is. `failed` and `restarting` ones are tried again; `error` is why, in one line.
 
     `url` is where it serves once it is ready (without a trailing `/v1`), `pid` leads its process group, `restarts`
-    counts the starts after the first, `since` is the Unix time at which it came into this state.
+    counts the starts after the first, `since` is the Unix time at which it came into this state. `reports_steps` is
+    False once it is known that this engine will not tell its steps, whatever its kind promises.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BackendStatus:
     error: str | None = None
     restarts: int = 0
     since: float = 0.0
+    reports_steps: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,10 @@ class Supervisor:
         """Have a backend's health checked now: somebody could not reach it."""
         self._backends[name].doubted.set()
 
+    def unwatched(self, name: str) -> None:
+        """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
+        self._backends[name].mark_unwatched()
+
     def changed(self, status: BackendStatus) -> None:
         """Tell who listens; a listener that fails is its own trouble."""
         try:
@@ -196,7 +202,7 @@ class _Backend:
         supervisor, name = self._supervisor, self._spec.name
         environment = environment_of(self._spec, launch, supervisor.steps_socket, supervisor.python_path)
         process = await BackendProcess.start(name, launch.command, environment)
-        self._change(pid=process.pid)
+        self._change(pid=process.pid, reports_steps=launch.reports_steps)
         url = f"http://127.0.0.1:{port}"
         try:
             self._down(await _first_of(process.ended(), self._serve(process, url, launch.health_path)))
@@ -263,6 +269,9 @@ class _Backend:
         logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
         self._change(state="restarting" if self.ready.is_set() else "failed", url=None, error=error)
         self.ready.clear()
+
+    def mark_unwatched(self) -> None:
+        self._change(reports_steps=False)
 
     def _change(self, **fields: object) -> None:
         since = self.status.since if fields.get("state", self.status.state) == self.status.state else time.time()
