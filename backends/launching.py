@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,15 @@ COMMON = (
     Option("threads", int, "CPU threads (default: the usable cores but one, at most 8)"),
     Option("max-body-bytes", int, "largest request body", 8 * 2**20),
 )
+
+
+#: Quiet libraries: their warnings quote inputs, and one process does not need threads for tokenizing.
+_ENVIRONMENT: Mapping[str, str] = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 
 
 def parser(prog: str, options: Sequence[Option]) -> argparse.ArgumentParser:
@@ -71,7 +79,7 @@ def launch(spec: BackendSpec, port: int, module: str, options: Sequence[Option],
         *(["--trust-remote-code"] if spec.trust_remote_code else []),
         *flags(spec, options),
     ]
-    return Launch(tuple(command), _environment(spec))
+    return Launch(tuple(command), _ENVIRONMENT)
 
 
 def resolve_model(spec: BackendSpec) -> str:
@@ -125,19 +133,3 @@ def _check_installed(spec: BackendSpec, needs: Sequence[str]) -> None:
     if missing:
         cure = f"pip install 'joulegate[{spec.kind}]'"
         raise BackendError(f"{spec.name}: a {spec.kind} backend needs {' and '.join(missing)}: {cure}")
-
-
-def _environment(spec: BackendSpec) -> Mapping[str, str]:
-    """GPUs are counted as NVML counts them, by bus id; a backend on the CPU sees none."""
-    added = {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.devices)),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-    }
-    if spec.python:
-        root = str(Path(__file__).resolve().parent.parent)
-        added["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    return added

@@ -413,7 +413,7 @@ def serve(application: Starlette, host: Host[Any], port: int, kind: str, model: 
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if host.failure is not None:
-        sys.stderr.write(f"{kind}: {model}: {_one_line(host.failure)}\n")
+        sys.stderr.write(f"ERROR {kind}: {model}: {_one_line(host.failure)}\n")
     return 0 if server.started and host.failure is None else 1
 
 

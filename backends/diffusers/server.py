@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from backends.diffusers.pipeline import ImageEngine
 
 _SECONDS_BETWEEN_COMMENTS = 0.5
+_SECONDS_OF_SILENCE = 10  # proxies on the way take a longer one for a dead line
 
 
 def load(arguments: argparse.Namespace, reporter: StepReporter) -> "ImageEngine":
@@ -111,9 +112,16 @@ async def _stream(request: Request, job: DrawingJob, look: Look, events: Events)
 
 
 async def _meanwhile(events: Events, look: Look) -> AsyncIterator[bytes]:
-    """Previews and progress, until there is nothing more to wait for."""
+    """Previews, and progress or at least signs of life as comments, until there is nothing more to wait for."""
     commented = time.monotonic()
-    while (event := await events.queue.get()) is not None:
+    while True:
+        try:
+            event = await asyncio.wait_for(events.queue.get(), _SECONDS_OF_SILENCE)
+        except TimeoutError:
+            yield b": waiting\n\n"
+            continue
+        if event is None:
+            return
         if isinstance(event, Preview):
             yield await _partial(event.image, event.index, look)
         elif time.monotonic() - commented > _SECONDS_BETWEEN_COMMENTS:

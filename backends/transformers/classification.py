@@ -1,6 +1,7 @@
 """Text classification with vLLM's schema: `POST /classify` and `/v1/classify`. Loads torch only with the model."""
 
 import argparse
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -9,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from backends.serving import Handler, Host, check_model, finished, invalid, json_response, read_json, request_id
+from backends.serving import Handler, Host, check_model, failed, finished, invalid, json_response, read_json, request_id
 from backends.steps import StepReporter
 from backends.transformers.sequences import SequenceJob, TokenSequence, Truncation
 
@@ -152,6 +153,8 @@ def _response(
 ) -> ClassificationResponse:
     data = []
     for index, row in enumerate(probs):
+        if not all(map(math.isfinite, row)):
+            raise failed("The model's scores are not finite numbers: dtype float32 may help.", "not_finite")
         best = max(range(len(row)), key=row.__getitem__)
         data.append(ClassificationData(index, labels.get(best), row, len(row)))
     tokens = sum(map(len, sequences))

@@ -1,7 +1,6 @@
 """Engine servers as the supervisor starts them: real processes, real sockets, tiny random models."""
 
 import asyncio
-import os
 import secrets
 import socket
 import subprocess
@@ -18,11 +17,13 @@ import httpx
 import pytest
 
 from backends import diffusers, transformers
+from backends.process import environment_of
 from backends.spec import BackendKind, BackendSpec
-from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE, LoadingState, StepReceiver, StepReport
+from backends.steps import LoadingState, StepReceiver, StepReport
 
 KINDS: dict[str, BackendKind] = {"transformers": transformers.KIND, "diffusers": diffusers.KIND}
-PATIENCE = 60.0
+PATIENCE = 120.0
+ROOT = Path(__file__).parent.parent.parent
 
 
 def new_id() -> str:
@@ -85,8 +86,7 @@ class Server:
         port = _free_port()
         launch = KINDS[spec.kind].launch(spec, port, self.recorder.path)
         assert launch is not None
-        told = {SOCKET_VARIABLE: str(self.recorder.path), BACKEND_VARIABLE: spec.name, DEVICES_VARIABLE: "host"}
-        environment = {**os.environ, **launch.environment, **told, "OMP_NUM_THREADS": "1"}
+        environment = {**environment_of(spec, launch, self.recorder.path, ROOT), "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(launch.command, env=environment, stdout=log, stderr=log)
         self.url = f"http://127.0.0.1:{port}"

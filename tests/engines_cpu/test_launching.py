@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from backends.diffusers import KIND as DIFFUSERS
+from backends.process import environment_of
 from backends.spec import BackendError, BackendKind, BackendSpec
 from backends.transformers import KIND as TRANSFORMERS
-from tests.engines_cpu.conftest import PATIENCE, Server
+from tests.engines_cpu.conftest import PATIENCE, ROOT, Server
 
 SOCKET = Path("/nonexistent/steps")
 
@@ -70,8 +71,7 @@ def test_a_folder_is_given_by_its_absolute_path(tmp_path: Path, monkeypatch: pyt
 def test_a_gpu_is_the_only_one_its_process_sees() -> None:
     spec = BackendSpec("s", "diffusers", model="some/model", devices=(2,), trust_remote_code=True)
     launch = DIFFUSERS.launch(spec, 1234, SOCKET)
-    assert launch.environment["CUDA_VISIBLE_DEVICES"] == "2"
-    assert launch.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert environment_of(spec, launch, SOCKET, ROOT)["CUDA_VISIBLE_DEVICES"] == "2"
     assert launch.command[launch.command.index("--device") + 1] == "cuda:0"
     assert "--trust-remote-code" in launch.command
     with pytest.raises(BackendError, match="one device"):
