@@ -1,11 +1,14 @@
 """The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from proxy.energy.fit import OnlineFit
+from proxy.energy.intervals import split_error
 from proxy.energy.pending import Floats, Steps
+from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, StepModel, Work, work_of
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
@@ -17,7 +20,21 @@ _SIGMA = 0.04
 _EDGE_SECONDS = 0.01
 _POWER_SECONDS = 20.0
 _SOLVE_EVERY = 10
-_ERROR_KEPT = 0.99
+_ERROR_SPEED, _SPAN_ERROR_SPEED = 0.01, 0.05
+_SPAN_NANOSECONDS = 1_000_000_000
+#: Steps that are priced by time alone may each have done anything.
+_TIMED_ERROR = 0.5
+
+
+@dataclass(slots=True)
+class _Span:
+    """Windows of about a second, over which what is off on one side of a tick and on the other cancels."""
+
+    off: float = 0.0
+    joules: float = 0.0
+    busy: int = 0
+    backends: set[int] = field(default_factory=set)
+
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 
@@ -31,6 +48,8 @@ class CostModels:
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
         self._windows = 0
+        self._span = _Span()
+        self.window_error = 0.3
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin with these coefficients: a prior, or what was learnt before."""
@@ -104,7 +123,7 @@ class CostModels:
         joules = energy / 1e6
         edges = 2 if busy < length else 0
         sigma = np.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
-        self._note_error(works, abs(joules - float(row @ fit.coefficients)), joules)
+        self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
         fit.add(row[None, :], np.array([joules]), np.array([sigma]))
         self._windows += 1
         if self._windows < _EAGER_WINDOWS or self._windows % _SOLVE_EVERY == 0:
@@ -127,16 +146,32 @@ class CostModels:
         else:
             self._fit.widen(prior, doubt)
 
-    def _note_error(self, works: Mapping[int, tuple[Work, Floats]], off: float, joules: float) -> None:
-        for backend in works:
+    def _note_errors(self, off: float, joules: float, busy: int, backends: Iterable[int]) -> None:
+        error = min(abs(off) / joules, 1.0)
+        self.window_error += (error - self.window_error) * max(_ERROR_SPEED, 1 / (self._windows + 1))
+        span = self._span
+        span.off, span.joules, span.busy = span.off + off, span.joules + joules, span.busy + busy
+        span.backends.update(backends)
+        for backend in backends:
+            self._models[backend].windows += 1
+        if span.busy >= _SPAN_NANOSECONDS:
+            self._note_span(min(abs(span.off) / span.joules, 1.0))
+
+    def _note_span(self, error: float) -> None:
+        for backend in self._span.backends:
             model = self._models[backend]
-            model.windows += 1
-            model.off = model.off * _ERROR_KEPT + min(off, joules)
-            model.used = model.used * _ERROR_KEPT + joules
+            model.spans += 1
+            model.error += (error - model.error) * max(_SPAN_ERROR_SPEED, 1 / model.spans)
+        self._span = _Span()
 
     def errors(self) -> dict[int, float]:
-        """By backend, the recent mean error of predicted windows, relative to them."""
-        return {backend: model.off / model.used for backend, model in self._models.items() if model.used > 0}
+        """By backend, the recent error of the energy predicted for spans of about a second, relative to it."""
+        return {backend: model.error for backend, model in self._models.items() if model.windows}
+
+    def split_error(self, backends: Iterable[int]) -> float:
+        """How wrongly a window of these backends' steps may be divided between them."""
+        models = [self._model(backend) for backend in backends if backend != PROXY_INDEX]
+        return max((split_error(min(model.error, 0.2), model.windows) for model in models), default=_TIMED_ERROR)
 
     def coefficients(self, backend: int) -> dict[str, float]:
         """What has been learnt of a backend, to be recalled after a restart; empty for nothing."""

@@ -11,6 +11,7 @@ from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.cost_model import IDLE_GUESS, CostModels
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
+from proxy.energy.intervals import Doubts, interval
 from proxy.energy.lag import LagEstimate
 from proxy.energy.pending import Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
@@ -24,8 +25,6 @@ from proxy.energy.timeline import Timeline, Window
 _NO_FOREIGN = 0.01
 #: The proxy's own part of a busy device's power, where CPU time does not tell.
 _PROXY_PART = 0.05
-#: Half-width of the interval of a share, relative to the part of the window that could also be others'.
-_DOUBT = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,7 @@ class DeviceBook:
         settled = self._settled_fraction(new)[new.owner]
         np.add.at(self.tallies.awaited, new.slot, predicted * (1 - settled))
         np.add.at(self.tallies.lost, new.slot, predicted * settled)
+        np.minimum.at(self.tallies.first_start, new.slot, new.started[new.owner])
         np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
         self.late_steps += int((settled > 0).sum())
 
@@ -144,6 +144,11 @@ class DeviceBook:
             and not self._registry.presence(window.start, window.end).any()
         ):
             self._idle.learn(window.energy, window.length)
+
+    def _split_error(self, scene: _Scene) -> float:
+        if not len(scene.steps):
+            return 0.0
+        return self._models.split_error(np.unique(scene.steps.backend).tolist())
 
     def _learn_costs(self, scene: _Scene) -> None:
         window, steps = scene.window, scene.steps
@@ -222,7 +227,9 @@ class DeviceBook:
         self._pending -= window.energy
         used = len(slots) + 1
         tallies.active[1:used] += slots
-        tallies.doubt[1:used] += _DOUBT * slots * (1 - slots / window.energy)
+        others = slots * (1 - slots / window.energy)
+        tallies.split[1:used] += self._split_error(scene) * others
+        tallies.noise[1:used] += (self._models.window_error * slots) ** 2
         tallies.meanwhile[:used] += window.energy * self._registry.presence(window.start, window.end)
         self._hour.add(window.end, idle, requests, scene.busy)
         if self._idle.watts and len(scene.steps):
@@ -251,22 +258,31 @@ class DeviceBook:
 
     # --- what goes out ---
 
-    def share(self, slot: int, *, settled: bool) -> DeviceShare:
+    def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
         tallies = self.tallies
         tail = 0.0 if settled else max(float(tallies.awaited[slot]), 0.0)
         active = int(tallies.active[slot]) + round(tail)
-        doubt = float(tallies.doubt[slot]) + _DOUBT * tail
+        low, high = interval(self._doubts(slot, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
         marginal = max(active - round(float(tallies.idle_part[slot])), 0)
         return DeviceShare(
             active=Microjoules(active),
-            low=Microjoules(max(active - round(doubt), 0)),
-            high=Microjoules(active + round(doubt + float(tallies.lost[slot]))),
+            low=Microjoules(min(low, active)),
+            high=Microjoules(max(high, active)),
             marginal=Microjoules(marginal),
             full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
             meanwhile=Microjoules(max(round(float(tallies.meanwhile[slot]) + tail), active)),
         )
+
+    def _doubts(self, slot: int, tail: float, lost_ratio: float) -> Doubts:
+        tallies = self.tallies
+        return Doubts(
+            active=float(tallies.active[slot]), tail=tail, noise=float(tallies.noise[slot]),
+            split=float(tallies.split[slot]), lost=float(tallies.lost[slot]), lost_ratio=lost_ratio,
+            work_length=int(tallies.last_end[slot]) - int(tallies.first_start[slot]) if tallies.touched(slot) else 1,
+            instant_error=self._timeline.instant_error,
+        )  # fmt: skip
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin a backend's cost model with a prior, or with what was learnt before."""

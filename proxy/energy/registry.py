@@ -30,7 +30,7 @@ class Request:
     finished: Nanoseconds | None = None
     outcome: Outcome = "unfinished"
     rank: int = 0
-    reports_lost: bool = False
+    reports_before: tuple[int, int] = (0, 0)  # of its backend when it began: received, lost
 
 
 class Registry:

@@ -59,7 +59,7 @@ class StepModel:
         self.energy_prior: Floats | None = None
         self.energy_doubt = np.full(len(ENERGY), _DOUBT_GUESS)
         self.windows = 0.0
-        self.off, self.used = 0.0, 0.0  # joules recently mispredicted, of joules
+        self.error, self.spans = 1.0, 0  # of the energy predicted for spans of about a second, relative to it
         if coefficients:
             self._recall(coefficients)
 

@@ -49,6 +49,14 @@ class TickClock:
         tick = self._phase + self._period * round(((before + at) / 2 - self._phase) / self._period)
         return round(min(max(tick, before), at))
 
+    @property
+    def error(self) -> float:
+        """Nanoseconds by which the instants told may be off, usually."""
+        if not self._seen:
+            return 0.0
+        before, at, resolved = self._seen[-1]
+        return _JITTER * self._period if self._steady else (at - before) / (2 if resolved else 4)
+
     def _fit(self) -> None:
         seen = np.array(self._seen, dtype=np.float64)
         origin = seen[0, 0]
