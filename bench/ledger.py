@@ -30,7 +30,10 @@ def history(batch: int, seconds: float) -> list[Event]:
     contexts = rng.integers(100, 2000, batch)
     names = [f"request-{i:032x}" for i in range(batch)]
     number, energy = batch, 0.0
-    events: list[Event] = [Device("gpu:0", "made up", "replay"), *(Start(name, Nanoseconds(0), "chat") for name in names)]
+    events: list[Event] = [
+        Device("gpu:0", "made up", "replay"),
+        *(Start(name, Nanoseconds(0), "chat") for name in names),
+    ]
     times = [Nanoseconds(round(i * _SECOND / STEPS_PER_SECOND)) for i in range(round(seconds * STEPS_PER_SECOND) + 1)]
     for index, (began, ended) in enumerate(pairwise(times)):
         if index % (STEPS_PER_SECOND // 20) == 0:

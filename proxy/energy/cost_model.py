@@ -9,7 +9,7 @@ from proxy.energy.fit import OnlineFit
 from proxy.energy.intervals import split_error
 from proxy.energy.pending import Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
-from proxy.energy.step_model import DURATION, ENERGY, StepModel, Work, work_of
+from proxy.energy.step_model import DURATION, ENERGY, StepModel
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
@@ -35,6 +35,7 @@ class _Span:
     busy: int = 0
     backends: set[int] = field(default_factory=set)
 
+
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 
@@ -50,6 +51,8 @@ class CostModels:
         self._windows = 0
         self._span = _Span()
         self.window_error = 0.3
+        self.version = 0
+        """Prices of one version are the same."""
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin with these coefficients: a prior, or what was learnt before."""
@@ -60,6 +63,9 @@ class CostModels:
         if self._busy_watts is not None:
             return self._busy_watts
         return idle_watts / IDLE_GUESS if idle_watts else 1.0
+
+    def guessed_idle_watts(self) -> float:
+        return IDLE_GUESS * self.busy_watts(None)
 
     @property
     def knows_costs(self) -> bool:
@@ -77,8 +83,7 @@ class CostModels:
         prices = np.zeros(len(steps.slot))
         for backend, some in _by_backend(steps):
             model = self._model(backend)
-            work = work_of(some)
-            joules = model.price(work, self._energy(backend, model, work, idle_watts))
+            joules = model.price(some, self._energy(backend, model, some, idle_watts))
             prices[_entries(steps, backend, some)] = joules * 1e6
         by_time = timed > 0
         if by_time.any():
@@ -91,26 +96,26 @@ class CostModels:
     def _model(self, backend: int) -> StepModel:
         return self._models.setdefault(backend, StepModel())
 
-    def _energy(self, backend: int, model: StepModel, work: Work, idle_watts: float | None) -> Floats:
+    def _energy(self, backend: int, model: StepModel, steps: Steps, idle_watts: float | None) -> Floats:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
             place = self._order.index(backend) * _SIZE
             return self._fit.coefficients[place : place + _SIZE]
         if model.energy_prior is None:
-            return model.guess_energy(self.busy_watts(idle_watts), work.sums.mean(axis=0))
+            return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
         return model.energy_prior
 
     # --- learning ---
 
     def learn_durations(self, steps: Steps) -> None:
         for backend, some in _by_backend(steps):
-            self._model(backend).learn_durations(work_of(some))
+            self._model(backend).learn_durations(some)
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
         """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
         watts = energy / busy * 1e3
         self._follow_power(watts, busy)
-        works = {backend: (work_of(some), fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
+        works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
         for backend, (work, _) in works.items():
             if backend not in self._order:
                 self._join(backend, work)
@@ -127,17 +132,26 @@ class CostModels:
         fit.add(row[None, :], np.array([joules]), np.array([sigma]))
         self._windows += 1
         if self._windows < _EAGER_WINDOWS or self._windows % _SOLVE_EVERY == 0:
-            fit.solve()
+            self._solve()
+
+    def _solve(self) -> None:
+        """Take what was learnt into the coefficients: all prices change."""
+        for model in self._models.values():
+            if model.seconds is not None:
+                model.seconds.solve()
+        assert self._fit is not None
+        self._fit.solve()
+        self.version += 1
 
     def _follow_power(self, watts: float, busy: int) -> None:
         old = watts if self._busy_watts is None else self._busy_watts
         self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
 
-    def _join(self, backend: int, work: Work) -> None:
+    def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
         model = self._models[backend]
         if model.energy_prior is None:
-            model.energy_prior = model.guess_energy(self.busy_watts(None), work.sums.mean(axis=0))
+            model.energy_prior = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
         doubt = model.energy_doubt
         self._order.append(backend)
@@ -168,9 +182,9 @@ class CostModels:
         """By backend, the recent error of the energy predicted for spans of about a second, relative to it."""
         return {backend: model.error for backend, model in self._models.items() if model.windows}
 
-    def split_error(self, backends: Iterable[int]) -> float:
-        """How wrongly a window of these backends' steps may be divided between them."""
-        models = [self._model(backend) for backend in backends if backend != PROXY_INDEX]
+    def split_error(self, steps: Steps) -> float:
+        """How wrongly a window of these steps may be divided between them."""
+        models = [self._model(backend) for backend, _ in _by_backend(steps) if backend != PROXY_INDEX]
         return max((split_error(min(model.error, 0.2), model.windows) for model in models), default=_TIMED_ERROR)
 
     def coefficients(self, backend: int) -> dict[str, float]:

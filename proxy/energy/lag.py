@@ -20,6 +20,8 @@ _KEPT_NANOSECONDS = 3_000 * _MILLISECOND
 _KEPT = 0.99
 _FEWEST_WINDOWS = 40
 _PATIENCE = 10
+#: After so many windows every eighth will do.
+_ENOUGH_WINDOWS, _SELDOM = 400, 8
 #: The squared error must fall by this part before the lag moves.
 _CLEARLY = 0.03
 
@@ -31,19 +33,22 @@ class LagEstimate:
         self._notch = _NONE
         self._errors: Floats = np.zeros(len(LAGS))
         self._windows = 0
-        self._since_move = 0
+        self._since_move = self._seen = 0
         self._steps: deque[tuple[Ints, Ints, Floats]] = deque()
 
     @property
     def nanoseconds(self) -> int:
         return int(LAGS[self._notch])
 
-    def ran(self, steps: Steps, predicted: Floats) -> None:
-        """These steps were reported, with predicted microjoules per entry."""
-        self._steps.append((steps.started, steps.ended, steps.per_step(predicted)))
+    def ran(self, steps: Steps) -> None:
+        """These steps were reported, and priced."""
+        self._steps.append((steps.started, steps.ended, steps.per_step(steps.predicted)))
 
     def compare(self, start: int, end: int, energy: float, idle_watts: float) -> None:
         """The counter rose by `energy` microjoules between these instants (not moved by any lag)."""
+        self._seen += 1
+        if self._windows > _ENOUGH_WINDOWS and self._seen % _SELDOM:
+            return
         while self._steps and int(self._steps[0][1].max()) < start - _KEPT_NANOSECONDS:
             self._steps.popleft()
         if not self._steps:

@@ -42,7 +42,7 @@ class Registry:
         self._free: list[int] = []
         self._settled: OrderedDict[str, None] = OrderedDict()
         self.capacity = 64
-        self._used = 1
+        self.used = 1
         self.started = np.full(self.capacity, FOREVER, dtype=np.int64)
         self.ended = np.full(self.capacity, FOREVER, dtype=np.int64)
 
@@ -71,14 +71,14 @@ class Registry:
 
     def presence(self, start: int, end: int) -> npt.NDArray[np.float64]:
         """The part of the span from `start` to `end` in which each slot's request was open."""
-        used = self._used
+        used = self.used
         overlap = np.minimum(self.ended[:used], end) - np.maximum(self.started[:used], start)
         present: npt.NDArray[np.float64] = np.maximum(overlap, 0) / (end - start)
         return present
 
     def _next_slot(self) -> int:
-        slot = self._used
-        self._used += 1
+        slot = self.used
+        self.used += 1
         if slot == self.capacity:
             self.capacity *= 2
             self.started = grown(self.started, self.capacity, FOREVER)
