@@ -1,5 +1,6 @@
 """The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ class _Span:
 
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
+_SELDOM = 4
 
 
 class CostModels:
@@ -49,6 +51,8 @@ class CostModels:
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
         self._windows = 0
+        self._rows: list[tuple[Floats, float, float]] = []  # windows not yet taken into the fit
+        self._looks = 0
         self._span = _Span()
         self.window_error = 0.3
         self.version = 0
@@ -108,6 +112,10 @@ class CostModels:
     # --- learning ---
 
     def learn_durations(self, steps: Steps) -> None:
+        """From these steps' timestamps; once there were many, from one batch of steps in four."""
+        self._looks += 1
+        if self._windows > _EAGER_WINDOWS and self._looks % _SELDOM:
+            return
         for backend, some in _by_backend(steps):
             self._model(backend).learn_durations(some)
 
@@ -127,11 +135,11 @@ class CostModels:
             row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
         joules = energy / 1e6
         edges = 2 if busy < length else 0
-        sigma = np.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
         self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
-        fit.add(row[None, :], np.array([joules]), np.array([sigma]))
+        self._rows.append((row, joules, sigma))
         self._windows += 1
-        if self._windows < _EAGER_WINDOWS or self._windows % _SOLVE_EVERY == 0:
+        if self._windows < _EAGER_WINDOWS or len(self._rows) >= _SOLVE_EVERY:
             self._solve()
 
     def _solve(self) -> None:
@@ -139,9 +147,16 @@ class CostModels:
         for model in self._models.values():
             if model.seconds is not None:
                 model.seconds.solve()
+        self._add_rows()
         assert self._fit is not None
         self._fit.solve()
         self.version += 1
+
+    def _add_rows(self) -> None:
+        if self._rows and self._fit is not None:
+            rows, joules, sigmas = zip(*self._rows, strict=True)
+            self._fit.add(np.array(rows), np.array(joules), np.array(sigmas))
+            self._rows.clear()
 
     def _follow_power(self, watts: float, busy: int) -> None:
         old = watts if self._busy_watts is None else self._busy_watts
@@ -154,6 +169,7 @@ class CostModels:
             model.energy_prior = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
         doubt = model.energy_doubt
+        self._add_rows()
         self._order.append(backend)
         if self._fit is None:
             self._fit = OnlineFit(prior, doubt, _HORIZON)

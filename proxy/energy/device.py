@@ -16,7 +16,7 @@ from proxy.energy.pending import TOKENS, Bools, Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.spans import LoadingSpans, UseSpans
-from proxy.energy.tallies import Tallies
+from proxy.energy.tallies import Tallies, Tally
 from proxy.energy.timeline import Timeline, Window
 
 #: A device of which others used less than this counts as free of foreign processes when something is learnt.
@@ -211,25 +211,24 @@ class DeviceBook:
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
         self.tallies.grow(self._registry.capacity)
-        tail = 0.0 if settled else max(float(self.tallies.awaited[slot]), 0.0)
-        active = int(self.tallies.active[slot]) + round(tail)
-        low, high = interval(self._doubts(slot, tail, lost_ratio))
+        tally = self.tallies.of(slot)
+        tail = 0.0 if settled else max(tally.awaited, 0.0)
+        active = tally.active + round(tail)
+        low, high = interval(self._doubts(tally, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
         return DeviceShare(
             active=Microjoules(active),
             low=Microjoules(min(low, active)),
             high=Microjoules(max(high, active)),
-            marginal=Microjoules(max(active - round(float(self.tallies.idle_part[slot])), 0)),
+            marginal=Microjoules(max(active - round(tally.idle_part), 0)),
             full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
-            meanwhile=Microjoules(max(round(float(self.tallies.meanwhile[slot]) + tail), active)),
+            meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
         )
 
-    def _doubts(self, slot: int, tail: float, lost_ratio: float) -> Doubts:
-        tallies = self.tallies
+    def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
         return Doubts(
-            active=float(tallies.active[slot]), tail=tail, noise=float(tallies.noise[slot]),
-            split=float(tallies.split[slot]), lost=float(tallies.lost[slot]), lost_ratio=lost_ratio,
-            work_length=int(tallies.last_end[slot]) - int(tallies.first_start[slot]) if tallies.touched(slot) else 1,
+            active=tally.active, tail=tail, noise=tally.noise, split=tally.split, lost=tally.lost,
+            lost_ratio=lost_ratio, work_length=max(tally.last_end - tally.first_start, 1),
             instant_error=self._timeline.instant_error,
         )  # fmt: skip
 

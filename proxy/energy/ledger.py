@@ -26,7 +26,7 @@ never reopened: a step that comes later is lost work. It is counted and widens i
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from proxy.energy.attribution import METHODS, Attribution, DeviceBalance, DeviceShare, Method
@@ -74,6 +74,9 @@ class _Backend:
     last_finish: int = NEVER
     open: dict[str, Request] = field(default_factory=dict)
     reported_by_request: dict[str, int] = field(default_factory=dict)
+    requests: Sequence[str] = ()  # of its latest step, with their slots: a batch changes seldom
+    slots: list[int] = field(default_factory=list)
+    slots_version: int = -1
     recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
     reports_received: int = 0
     reports_lost: int = 0
@@ -260,6 +263,13 @@ class Ledger:
         self._now = max(self._now, now)
 
     def _slots_of(self, step: Step, backend: _Backend) -> list[int]:
+        if self._registry.version == backend.slots_version and step.requests == backend.requests:
+            return backend.slots
+        slots = self._find_slots(step)
+        backend.requests, backend.slots, backend.slots_version = step.requests, slots, self._registry.version
+        return slots
+
+    def _find_slots(self, step: Step) -> list[int]:
         slots = list(map(self._registry.slots.get, step.requests)) or [UNATTRIBUTED]
         if None not in slots:
             return slots  # type: ignore[return-value]  # no None in it
@@ -370,6 +380,8 @@ class Ledger:
 
     def _is_settled_on(self, book: DeviceBook, request: Request) -> bool:
         assert request.finished is not None
+        if book.settled_until is not None and book.settled_until < request.finished > self._now - self._settle_after:
+            return False
         book.look()
         until = max(request.finished, int(book.tallies.last_end[request.slot]))
         if book.settled_until is not None and book.settled_until >= until:

@@ -39,6 +39,8 @@ class Registry:
     def __init__(self) -> None:
         self.open: dict[str, Request] = {}
         self.slots: dict[str, int] = {"": UNATTRIBUTED}
+        self.version = 0
+        """Changes when a slot does."""
         self._free: list[int] = []
         self._settled: OrderedDict[str, None] = OrderedDict()
         self.capacity = 64
@@ -53,6 +55,7 @@ class Registry:
         slot = self._free.pop() if self._free else self._next_slot()
         opened = Request(request, backend, slot, at, announced)
         self.open[request], self.slots[request] = opened, slot
+        self.version += 1
         self.started[slot], self.ended[slot] = at, FOREVER
         return opened
 
@@ -63,6 +66,7 @@ class Registry:
     def forget(self, request: Request) -> None:
         """The request has settled: its slot is free, its id remembered for a while."""
         del self.open[request.request], self.slots[request.request]
+        self.version += 1
         self.started[request.slot] = FOREVER
         self._free.append(request.slot)
         self._settled[request.request] = None

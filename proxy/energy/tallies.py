@@ -1,8 +1,25 @@
 """What each open request has got of one device so far, by slot."""
 
+from typing import NamedTuple
+
 import numpy as np
 
+from proxy.energy.pending import Floats
 from proxy.energy.registry import FOREVER, NEVER, grown
+
+
+class Tally(NamedTuple):
+    """One row of the columns below."""
+
+    active: int
+    first_start: int
+    last_end: int
+    idle_part: float
+    meanwhile: float
+    split: float
+    noise: float
+    awaited: float
+    lost: float
 
 
 class Tallies:
@@ -21,7 +38,11 @@ class Tallies:
         self.active = np.zeros(capacity, dtype=np.int64)
         self.first_start = np.full(capacity, FOREVER, dtype=np.int64)
         self.last_end = np.full(capacity, NEVER, dtype=np.int64)
-        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = np.zeros((6, capacity))
+        self._name(np.zeros((len(self.FLOATS), capacity)))
+
+    def _name(self, floats: Floats) -> None:
+        self._floats = floats
+        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats
 
     def grow(self, capacity: int) -> None:
         if capacity <= self.capacity:
@@ -29,16 +50,20 @@ class Tallies:
         self.active = grown(self.active, capacity, 0)
         self.first_start = grown(self.first_start, capacity, FOREVER)
         self.last_end = grown(self.last_end, capacity, NEVER)
-        for name in self.FLOATS:
-            column = np.zeros(capacity)
-            column[: self.capacity] = getattr(self, name)
-            setattr(self, name, column)
+        longer = np.zeros((len(self.FLOATS), capacity))
+        longer[:, : self.capacity] = self._floats
+        self._name(longer)
         self.capacity = capacity
 
     def clear(self, slot: int) -> None:
         self.active[slot], self.first_start[slot], self.last_end[slot] = 0, FOREVER, NEVER
-        for name in self.FLOATS:
-            getattr(self, name)[slot] = 0.0
+        self._floats[:, slot] = 0.0
+
+    def of(self, slot: int) -> Tally:
+        """One request's figures."""
+        return Tally(
+            int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot]), *self._floats[:, slot].tolist()
+        )  # fmt: skip
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""
