@@ -69,6 +69,9 @@ class OnlineFit:
 def non_negative(normal: Floats, moment: Floats) -> Floats:
     """The θ ≥ 0 that minimises ½ θ·N·θ - m·θ for a positive definite N (Lawson and Hanson's active sets)."""
     size = len(moment)
+    unbounded: Floats = np.linalg.solve(normal, moment).astype(np.float64)
+    if (unbounded >= 0).all():
+        return unbounded
     theta, free = np.zeros(size), np.zeros(size, dtype=bool)
     for _ in range(3 * size):
         gradient = moment - normal @ theta

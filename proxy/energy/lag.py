@@ -5,8 +5,6 @@ a window shows was used a little earlier. For each lag of a list, the windows ar
 of the steps that ran so much earlier; the lag that fits clearly best is approached, one notch at a time.
 """
 
-from collections import deque
-
 import numpy as np
 
 from proxy.energy.pending import Floats, Ints, Steps
@@ -17,9 +15,12 @@ LAGS = _MILLISECOND * np.array(
 )  # fmt: skip
 _NONE = int(np.flatnonzero(LAGS == 0)[0])
 _KEPT_NANOSECONDS = 3_000 * _MILLISECOND
+_MANY = 64
 _KEPT = 0.99
 _FEWEST_WINDOWS = 40
 _PATIENCE = 10
+#: After so many windows every eighth will do.
+_ENOUGH_WINDOWS, _SELDOM = 400, 8
 #: The squared error must fall by this part before the lag moves.
 _CLEARLY = 0.03
 
@@ -31,21 +32,24 @@ class LagEstimate:
         self._notch = _NONE
         self._errors: Floats = np.zeros(len(LAGS))
         self._windows = 0
-        self._since_move = 0
-        self._steps: deque[tuple[Ints, Ints, Floats]] = deque()
+        self._since_move = self._seen = 0
+        self._steps: list[tuple[Ints, Ints, Floats]] = []
 
     @property
     def nanoseconds(self) -> int:
         return int(LAGS[self._notch])
 
-    def ran(self, steps: Steps, predicted: Floats) -> None:
-        """These steps were reported, with predicted microjoules per entry."""
-        self._steps.append((steps.started, steps.ended, steps.per_step(predicted)))
+    def ran(self, steps: Steps) -> None:
+        """These steps were reported, and priced."""
+        self._steps.append((steps.started.copy(), steps.ended.copy(), steps.per_step(steps.predicted)))
+        if len(self._steps) > _MANY:
+            self._merge()
 
     def compare(self, start: int, end: int, energy: float, idle_watts: float) -> None:
         """The counter rose by `energy` microjoules between these instants (not moved by any lag)."""
-        while self._steps and int(self._steps[0][1].max()) < start - _KEPT_NANOSECONDS:
-            self._steps.popleft()
+        self._seen += 1
+        if self._windows > _ENOUGH_WINDOWS and self._seen % _SELDOM:
+            return
         if not self._steps:
             return
         predicted = self._predict(start, end, idle_watts)
@@ -58,7 +62,7 @@ class LagEstimate:
             self._move()
 
     def _predict(self, start: int, end: int, idle_watts: float) -> Floats:
-        started, ended, joules = (np.concatenate(column) for column in zip(*self._steps, strict=True))
+        started, ended, joules = self._merge()
         near = (ended > start - LAGS[-1]) & (started < end - LAGS[0])
         started, ended, joules = started[near], ended[near], joules[near]
         begin, finish = (start - LAGS)[:, None], (end - LAGS)[:, None]
@@ -66,6 +70,14 @@ class LagEstimate:
         busy = np.minimum(overlap.sum(axis=1), end - start)
         predicted: Floats = overlap @ (joules / (ended - started)) + idle_watts * (end - start - busy) / 1e3
         return predicted
+
+    def _merge(self) -> tuple[Ints, Ints, Floats]:
+        """All steps of the last seconds in one piece."""
+        started, ended, joules = (np.concatenate(column) for column in zip(*self._steps, strict=True))
+        recent = ended > ended.max() - _KEPT_NANOSECONDS
+        merged = started[recent], ended[recent], joules[recent]
+        self._steps = [merged]
+        return merged
 
     def _move(self) -> None:
         if self._windows < _FEWEST_WINDOWS or self._since_move < _PATIENCE:

@@ -30,7 +30,7 @@ class Request:
     finished: Nanoseconds | None = None
     outcome: Outcome = "unfinished"
     rank: int = 0
-    reports_lost: bool = False
+    reports_before: tuple[int, int] = (0, 0)  # of its backend when it began: received, lost
 
 
 class Registry:
@@ -39,10 +39,12 @@ class Registry:
     def __init__(self) -> None:
         self.open: dict[str, Request] = {}
         self.slots: dict[str, int] = {"": UNATTRIBUTED}
+        self.version = 0
+        """Changes when a slot does."""
         self._free: list[int] = []
         self._settled: OrderedDict[str, None] = OrderedDict()
         self.capacity = 64
-        self._used = 1
+        self.used = 1
         self.started = np.full(self.capacity, FOREVER, dtype=np.int64)
         self.ended = np.full(self.capacity, FOREVER, dtype=np.int64)
 
@@ -53,6 +55,7 @@ class Registry:
         slot = self._free.pop() if self._free else self._next_slot()
         opened = Request(request, backend, slot, at, announced)
         self.open[request], self.slots[request] = opened, slot
+        self.version += 1
         self.started[slot], self.ended[slot] = at, FOREVER
         return opened
 
@@ -63,6 +66,7 @@ class Registry:
     def forget(self, request: Request) -> None:
         """The request has settled: its slot is free, its id remembered for a while."""
         del self.open[request.request], self.slots[request.request]
+        self.version += 1
         self.started[request.slot] = FOREVER
         self._free.append(request.slot)
         self._settled[request.request] = None
@@ -71,14 +75,14 @@ class Registry:
 
     def presence(self, start: int, end: int) -> npt.NDArray[np.float64]:
         """The part of the span from `start` to `end` in which each slot's request was open."""
-        used = self._used
+        used = self.used
         overlap = np.minimum(self.ended[:used], end) - np.maximum(self.started[:used], start)
         present: npt.NDArray[np.float64] = np.maximum(overlap, 0) / (end - start)
         return present
 
     def _next_slot(self) -> int:
-        slot = self._used
-        self._used += 1
+        slot = self.used
+        self.used += 1
         if slot == self.capacity:
             self.capacity *= 2
             self.started = grown(self.started, self.capacity, FOREVER)

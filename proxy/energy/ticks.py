@@ -19,10 +19,10 @@ _MOST_MISFITS = 0.25
 _JITTER = 0.1
 #: Of changes that come right after another one the counter may have ticked twice: no pace can be told from many of those.
 _MOST_UNRESOLVED = 0.5
-_REFIT_EVERY = 8
+_REFIT_EVERY, _RETRY_EVERY = 8, 20
 #: Paces tried about the mean gap, relative to it.
-_PACES = np.linspace(0.97, 1.03, 121)
-_TURNS = np.linspace(0.0, 1.0, 40, endpoint=False)
+_PACES = np.linspace(0.97, 1.03, 61)
+_TURNS = np.linspace(0.0, 1.0, 32, endpoint=False)
 
 
 class TickClock:
@@ -41,7 +41,7 @@ class TickClock:
         """
         self._seen.append((before, at, resolved))
         self._since_fit += 1
-        if len(self._seen) >= _FEWEST and self._since_fit >= _REFIT_EVERY:
+        if len(self._seen) >= _FEWEST and self._since_fit >= (_REFIT_EVERY if self._steady else _RETRY_EVERY):
             self._since_fit = 0
             self._fit()
         if not self._steady:
@@ -49,17 +49,28 @@ class TickClock:
         tick = self._phase + self._period * round(((before + at) / 2 - self._phase) / self._period)
         return round(min(max(tick, before), at))
 
+    @property
+    def error(self) -> float:
+        """Nanoseconds by which the instants told may be off, usually."""
+        if not self._seen:
+            return 0.0
+        before, at, resolved = self._seen[-1]
+        return _JITTER * self._period if self._steady else (at - before) / (2 if resolved else 4)
+
     def _fit(self) -> None:
         seen = np.array(self._seen, dtype=np.float64)
         origin = seen[0, 0]
         before, at, resolved = seen[:, 0] - origin, seen[:, 1] - origin, seen[:, 2]
+        if resolved.mean() < 1 - _MOST_UNRESOLVED:
+            self._steady = False
+            return
         middle = (before + at) / 2
         guess = (self._period, self._phase - origin) if self._steady else _likely_pace(before, at)
         period, phase = _line(middle, *guess)
         ticks = phase + period * np.round((middle - phase) / period)
         tolerance = _JITTER * period
         misfits = np.mean((ticks < before - tolerance) | (ticks > at + tolerance))
-        self._steady = bool(misfits < _MOST_MISFITS and resolved.mean() > 1 - _MOST_UNRESOLVED)
+        self._steady = bool(misfits < _MOST_MISFITS)
         self._period, self._phase = period, phase + origin
 
 

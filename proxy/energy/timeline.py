@@ -63,6 +63,11 @@ class Timeline:
         """The end of the last window, where the open tail begins."""
         return self._changed_at
 
+    @property
+    def instant_error(self) -> float:
+        """Nanoseconds by which the end of a window may be off."""
+        return self._clock.error
+
     def add(self, sample: Sample) -> Window | None:
         """The window that this sample closes, if it does. Raises EventError for a reading that cannot be."""
         if not 0 <= sample.energy < LIMIT:
