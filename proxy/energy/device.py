@@ -40,7 +40,7 @@ class DeviceBook:
         self._backend_names = backend_names  # grows as backends become known
         self._timeline, self._lag = Timeline(), LagEstimate()
         self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
-        self._prices_version = 0
+        self._prices_version = (0, False)
         self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
         self._last_work = NEVER
 
@@ -95,13 +95,17 @@ class DeviceBook:
         """Divide the oldest window, for good."""
         window = self.windows.popleft()
         self.look()
-        use = self.uses.during(window.start, window.end)
-        scene = scene_of(window, self.pending_steps.steps, self.loading, use)
+        scene = self._scene(window)
         self._learn(scene)
+        if self._reprice():
+            scene = self._scene(window)
         if window.energy:
             self._divide(scene)
         self._consume(scene)
-        self._reprice()
+
+    def _scene(self, window: Window) -> Scene:
+        use = self.uses.during(window.start, window.end)
+        return scene_of(window, self.pending_steps.steps, self.loading, use)
 
     def _divide(self, scene: Scene) -> None:
         prices = scene.steps.predicted * scene.part[scene.steps.owner]
@@ -131,8 +135,9 @@ class DeviceBook:
         if not len(steps):
             return
         split = self._models.split_error(steps)
-        tallies.split[:used] += split * division.slots * (1 - division.slots / window.energy)
-        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2
+        others = 1 - division.slots / window.energy  # what is all one's own leaves no doubt
+        tallies.split[:used] += split * division.slots * others
+        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
         if self._idle.watts:
             lengths = scene.part * (steps.ended - steps.started)
             each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
@@ -152,16 +157,18 @@ class DeviceBook:
         self.uses.drop_until(scene.window.end)
         self.loading.drop_until(scene.window.end)
 
-    def _reprice(self) -> None:
-        """The models have learnt: what is awaited is predicted anew."""
-        if self._prices_version == self._models.version:
-            return
-        self._prices_version = self._models.version
+    def _reprice(self) -> bool:
+        """If something was learnt, predict anew what is awaited."""
+        version = (self._models.version, self._idle.watts is not None)
+        if self._prices_version == version:
+            return False
+        self._prices_version = version
         steps, tallies = self.pending_steps.steps, self.tallies
         tallies.awaited[:] = 0.0
         if len(steps):
             steps.predicted[:] = self._price(steps)
             np.add.at(tallies.awaited, steps.slot, steps.predicted * (1 - self._settled_part(steps))[steps.owner])
+        return True
 
     # --- learning ---
 
