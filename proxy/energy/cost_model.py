@@ -1,4 +1,4 @@
-"""The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
+"""The cost models of all backends on one device: fitted together, for they share its windows."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from proxy.energy.fit import OnlineFit
 from proxy.energy.intervals import split_error
-from proxy.energy.pending import Floats, Steps
+from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, StepModel
 
@@ -97,14 +97,25 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
+    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
+        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
+        model = self._models.get(step.backend)
+        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
+            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
+        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+
+    def _fitted(self, backend: int) -> Floats:
+        assert self._fit is not None
+        place = self._order.index(backend) * _SIZE
+        return self._fit.coefficients[place : place + _SIZE]
+
     def _model(self, backend: int) -> StepModel:
         return self._models.setdefault(backend, StepModel())
 
     def _energy(self, backend: int, model: StepModel, steps: Steps, idle_watts: float | None) -> Floats:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
-            place = self._order.index(backend) * _SIZE
-            return self._fit.coefficients[place : place + _SIZE]
+            return self._fitted(backend)
         if model.energy_prior is None:
             return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
         return model.energy_prior
@@ -120,7 +131,7 @@ class CostModels:
             self._model(backend).learn_durations(some)
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
-        """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
+        """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
         watts = energy / busy * 1e3
         self._follow_power(watts, busy)
         works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
@@ -208,8 +219,7 @@ class CostModels:
         model = self._models.get(backend)
         if model is None or self._fit is None or backend not in self._order:
             return {}
-        place = self._order.index(backend) * _SIZE
-        energy = self._fit.coefficients[place : place + _SIZE]
+        energy = self._fitted(backend)
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}

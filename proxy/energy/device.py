@@ -12,7 +12,7 @@ from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.intervals import Doubts, interval
 from proxy.energy.lag import LagEstimate
-from proxy.energy.pending import TOKENS, Bools, Floats, PendingSteps, Steps
+from proxy.energy.pending import TOKENS, Alone, Bools, Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.spans import LoadingSpans, UseSpans
@@ -33,6 +33,7 @@ class DeviceBook:
         self.pending_steps = PendingSteps()
         self.uses, self.loading = UseSpans(), LoadingSpans()
         self.tallies = Tallies(registry.capacity)
+        registry.follow(self.tallies)
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
@@ -60,7 +61,6 @@ class DeviceBook:
         new = self.pending_steps.take_new()
         if not len(new):
             return
-        self.tallies.grow(self._registry.capacity)
         self._models.learn_durations(new.where(~_is_timed(new)))
         new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
@@ -123,7 +123,6 @@ class DeviceBook:
         self._foreign += division.foreign
         self._unattributed += unattributed
         self._pending -= scene.window.energy
-        self.tallies.grow(self._registry.capacity)
         self.tallies.active[1 : len(slots)] += slots[1:]
         self._hour.add(scene.window.end, division.idle, requests, scene.busy)
 
@@ -217,9 +216,12 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        self.tallies.grow(self._registry.capacity)
-        tally = self.tallies.of(slot)
-        tail = 0.0 if settled else max(tally.awaited, 0.0)
+        unseen = self.pending_steps.new_alone(slot)
+        if unseen is None or any(self._is_late(step) for step in unseen):  # not so simple
+            self.look()
+            unseen = None
+        tally = _with(self.tallies.of(slot), unseen or [])
+        tail = 0.0 if settled else max(tally.awaited, 0.0) + sum(map(self._price_alone, unseen or []))
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
@@ -231,6 +233,17 @@ class DeviceBook:
             full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
             meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
         )
+
+    def _is_late(self, step: Alone) -> bool:
+        return self.settled_until is not None and step.started < self.settled_until
+
+    def _price_alone(self, step: Alone) -> float:
+        timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
+        return self._models.price_alone(step, timed, self._idle.watts)
+
+    def touched(self, slot: int) -> bool:
+        """Whether the request had a step on this device."""
+        return self.tallies.touched(slot) or self.pending_steps.has_new(slot)
 
     def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
         return Doubts(
@@ -255,6 +268,15 @@ class DeviceBook:
             idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
             fit_error_ratio={names[index]: error for index, error in self._models.errors().items()},
         )  # fmt: skip
+
+
+def _with(tally: Tally, unseen: Sequence[Alone]) -> Tally:
+    if not unseen:
+        return tally
+    return tally._replace(
+        first_start=min(tally.first_start, *(step.started for step in unseen)),
+        last_end=max(tally.last_end, *(step.ended for step in unseen)),
+    )
 
 
 def _is_timed(steps: Steps) -> Bools:

@@ -1,7 +1,7 @@
 """When a counter really ticked, between the poll that did not see the change and the one that did.
 
-Counters tick at a steady pace of their own (about 100 ms on recent GPUs). Polls see each tick late, by anything up to the
-time between two polls; taken at their word they make windows of 50 and 150 ms out of a steady 100 ms. So the pace and
+Counters tick at a steady pace of their own (about 100 ms on recent GPUs). Polls see each tick late, by anything up to
+the time between two polls; taken at their word they make windows of 50 and 150 ms out of a steady 100 ms. So the pace and
 phase of the ticks are fitted to the last changes seen, and believed as far as the polls around each change allow.
 """
 
@@ -17,7 +17,7 @@ _FEWEST = 20
 _MOST_MISFITS = 0.25
 #: A tick may be early or late by such a part of the period.
 _JITTER = 0.1
-#: Of changes that come right after another one the counter may have ticked twice: no pace can be told from many of those.
+#: Between two changes in successive polls the counter may have ticked twice: many of those tell no pace.
 _MOST_UNRESOLVED = 0.5
 _REFIT_EVERY, _RETRY_EVERY = 8, 20
 #: Paces tried about the mean gap, relative to it.
