@@ -40,6 +40,7 @@ class _Span:
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
+_LITTLE = 0.01
 
 
 class CostModels:
@@ -59,8 +60,9 @@ class CostModels:
         """Prices of one version are the same."""
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
-        """Begin with these coefficients: a prior, or what was learnt before."""
-        self._models[backend] = StepModel(coefficients)
+        """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
+        if backend not in self._order:
+            self._models[backend] = StepModel(coefficients)
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
@@ -176,10 +178,12 @@ class CostModels:
     def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
         model = self._models[backend]
+        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         if model.energy_prior is None:
-            model.energy_prior = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
-        prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
-        doubt = model.energy_doubt
+            model.energy_prior = guess
+        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
+        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
+        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
         self._add_rows()
         self._order.append(backend)
         if self._fit is None:

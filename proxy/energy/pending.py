@@ -31,7 +31,7 @@ class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
 
     An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
-    than the last one. `sums` has, by step, the number of participants and the sums of their tokens, attention and context.
+    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
