@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from proxy.config import Config
@@ -47,7 +48,7 @@ def _backends() -> Table:
     table = Table("backend", "usable", "how to get it", title="Backends", title_justify="left")
     for kind, missing, cure in _engines():
         usable = f"[red]no: {', '.join(missing)} not installed[/]" if missing else "[green]yes[/]"
-        table.add_row(kind, usable, cure if missing else "")
+        table.add_row(kind, usable, escape(cure) if missing else "")
     table.add_row("remote", "[green]yes[/]", "")
     return table
 
