@@ -165,7 +165,7 @@ class Node:
         if self._discover:
             self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
         for problem in self.discovery.problems:
-            log.warning("no %s meter: %s Cure: %s", problem.meter, problem.why, problem.cure)
+            log.info("no %s meter: %s; cure: %s", problem.meter, problem.why, problem.cure)
         loop = asyncio.get_running_loop()
 
         def observe(events: Sequence[Event]) -> None:

@@ -40,7 +40,7 @@ def _meters(discovery: Discovery) -> Table:
         error = "" if meter.accuracy_ratio is None else f", ±{meter.accuracy_ratio:.0%}"
         table.add_row(meter.device, kind, meter.name + error)
     for problem in discovery.problems:
-        table.add_row("-", f"[red]no {problem.meter}[/]", f"{problem.why} Cure: {problem.cure}")
+        table.add_row("-", f"[red]no {problem.meter}[/]", escape(f"{problem.why}; cure: {problem.cure}"))
     return table
 
 

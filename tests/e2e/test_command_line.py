@@ -178,7 +178,9 @@ def test_a_good_configuration_is_ok(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("arguments", [["serve", "--port", "many"], ["dance"], ["replay"], ["serve", "--log-level", "loud"]])
+@pytest.mark.parametrize(
+    "arguments", [["serve", "--port", "many"], ["dance"], ["replay"], ["serve", "--log-level", "loud"]]
+)
 def test_wrong_usage_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str]) -> None:
     done = joulegate(*arguments, cwd=tmp_path)
     assert done.returncode == 2
