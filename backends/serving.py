@@ -327,6 +327,7 @@ class Host(Generic[EngineT]):
 
     def _loaded(self) -> EngineT:
         self._reporter.state(loading=True)
+        logger.info("loading the model and its engine")
         started = time.monotonic()
         engine = self._load()
         engine.warm_up()
@@ -425,6 +426,7 @@ def _one_line(error: BaseException) -> str:
 def main(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> None:
     """Set the process up, run the server, and end the process whatever its threads are doing."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the supervisor tells of starts and stops
     limit_threads(arguments.threads)
     code = run(arguments)
     sys.stdout.flush()
