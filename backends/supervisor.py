@@ -125,6 +125,7 @@ class Supervisor:
 
     def unwatched(self, name: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
+        logger.warning("%s: its engine cannot tell its steps: its requests are accounted by their tokens", name)
         self._backends[name].mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:

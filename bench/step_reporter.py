@@ -2,7 +2,7 @@
 
 vLLM's part is played by an object with its books (request ids as vLLM makes them, tokens, contexts); everything of
 ours is real: the watch in the scheduler, the message, the socket, and a receiver in a process of its own that decodes
-every one of them. The figure is the CPU time the engine's thread spends in our code for each step: when steps follow each other
+every one of them. The figure is the CPU time the engine's thread spends in our code for each step: when steps follow
 closely, and when they are so far apart that other work has taken the processor's caches.
 """
 
@@ -96,9 +96,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     rows = [measure(batch, options.steps, pause) for pause in PAUSES_SECONDS for batch in options.batch]
-    print(
-        f"{'batch':>6} {'pause ms':>8} {'engine p50 µs':>14} {'p99 µs':>8} {'receiver µs':>12} {'received':>9} {'lost':>5}"
-    )
+    print(" batch pause ms  engine p50 µs   p99 µs  receiver µs  received  lost")
     for row in rows:
         print("{:6.0f} {:8.1f} {:14.1f} {:8.1f} {:12.1f} {:9.0f} {:5.0f}".format(*row.values()))
     if options.json:
