@@ -20,6 +20,9 @@ from backends.steps import private_directory
 
 logger = logging.getLogger(__name__)
 
+#: Where NVIDIA's driver lists its GPUs.
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
 State = Literal["starting", "ready", "failed", "restarting", "stopped"]
 
 
@@ -195,6 +198,7 @@ class _Backend:
             self._down(f"{type(error).__name__}: {_one_line(error)}")
 
     def _launch(self, port: int) -> Launch | None:
+        _check_devices(self._spec)
         return self._kinds(self._spec.kind).launch(self._spec, port, self._supervisor.steps_socket)
 
     # --- a process of ours ---
@@ -292,6 +296,16 @@ async def _first_of(*parts: Coroutine[None, None, str]) -> str:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_devices(spec: BackendSpec) -> None:
+    """Refuse a GPU that is not there, as far as its driver tells: engines say it in a hundred other ways."""
+    if not NVIDIA_GPUS.is_dir():
+        return
+    count = sum(1 for _ in NVIDIA_GPUS.iterdir())
+    for device in spec.devices:
+        if device >= count:
+            raise BackendError(f"{spec.name}: there is no GPU {device}: this machine has {count}, numbered from 0")
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ OTHER = "fedcba9876543210fedcba9876543210"
 def interpreter(folder: Path, **told: Any) -> str:
     """A python whose environment has the vLLM we say."""
     script = folder / "python"
-    script.write_text(f"#!{sys.executable}\nprint({json.dumps(json.dumps(told))})\n")
+    script.write_text(f"#!{sys.executable}\nprint({json.dumps(json.dumps({'module': True, **told}))})\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
 
@@ -59,6 +59,11 @@ def test_vllm_listens_on_this_machine_only_and_reports_its_steps(python: str) ->
         assert flag in command
     assert "--trust-remote-code" not in command
     assert "--trust-remote-code" in launch(python=python, trust_remote_code=True).command
+
+
+def test_a_vllm_without_the_servers_module_is_started_by_its_command(tmp_path: Path) -> None:
+    command = launch(python=interpreter(tmp_path, version="0.40", missing=[], module=False)).command
+    assert command[1:5] == ("-m", "vllm.entrypoints.cli.main", "serve", "org/model")
 
 
 def test_arguments_become_vllms_flags(python: str) -> None:
