@@ -20,6 +20,9 @@ from backends.steps import private_directory
 
 logger = logging.getLogger(__name__)
 
+#: Where NVIDIA's driver lists its GPUs.
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
 State = Literal["starting", "ready", "failed", "restarting", "stopped"]
 
 
@@ -125,6 +128,7 @@ class Supervisor:
 
     def unwatched(self, name: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
+        logger.warning("%s: its engine cannot tell its steps: its requests are accounted by their tokens", name)
         self._backends[name].mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:
@@ -194,6 +198,7 @@ class _Backend:
             self._down(f"{type(error).__name__}: {_one_line(error)}")
 
     def _launch(self, port: int) -> Launch | None:
+        _check_devices(self._spec)
         return self._kinds(self._spec.kind).launch(self._spec, port, self._supervisor.steps_socket)
 
     # --- a process of ours ---
@@ -291,6 +296,16 @@ async def _first_of(*parts: Coroutine[None, None, str]) -> str:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_devices(spec: BackendSpec) -> None:
+    """Refuse a GPU that is not there, as far as its driver tells: engines say it in a hundred other ways."""
+    if not NVIDIA_GPUS.is_dir():
+        return
+    count = sum(1 for _ in NVIDIA_GPUS.iterdir())
+    for device in spec.devices:
+        if device >= count:
+            raise BackendError(f"{spec.name}: there is no GPU {device}: this machine has {count}, numbered from 0")
 
 
 def _free_port() -> int:
