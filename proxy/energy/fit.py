@@ -87,10 +87,10 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
 def _solved(normal: Floats, moment: Floats) -> Floats:
     """N⁻¹·m; the shortest solution where rows far apart in size have left N without full rank."""
     try:
-        solution: Floats = np.linalg.solve(normal, moment)
+        solution = np.linalg.solve(normal, moment)
     except np.linalg.LinAlgError:
         solution = np.linalg.lstsq(normal, moment, rcond=None)[0]
-    return solution
+    return solution.astype(np.float64)
 
 
 def _walk(normal: Floats, moment: Floats, theta: Floats, free: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
