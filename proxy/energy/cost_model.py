@@ -1,4 +1,4 @@
-"""The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
+"""The cost models of all backends on one device: fitted together, for they share its windows."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from proxy.energy.fit import OnlineFit
 from proxy.energy.intervals import split_error
-from proxy.energy.pending import Floats, Steps
+from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, StepModel
 
@@ -40,6 +40,7 @@ class _Span:
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
+_LITTLE = 0.01
 
 
 class CostModels:
@@ -59,8 +60,9 @@ class CostModels:
         """Prices of one version are the same."""
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
-        """Begin with these coefficients: a prior, or what was learnt before."""
-        self._models[backend] = StepModel(coefficients)
+        """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
+        if backend not in self._order:
+            self._models[backend] = StepModel(coefficients)
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
@@ -97,14 +99,25 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
+    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
+        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
+        model = self._models.get(step.backend)
+        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
+            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
+        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+
+    def _fitted(self, backend: int) -> Floats:
+        assert self._fit is not None
+        place = self._order.index(backend) * _SIZE
+        return self._fit.coefficients[place : place + _SIZE]
+
     def _model(self, backend: int) -> StepModel:
         return self._models.setdefault(backend, StepModel())
 
     def _energy(self, backend: int, model: StepModel, steps: Steps, idle_watts: float | None) -> Floats:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
-            place = self._order.index(backend) * _SIZE
-            return self._fit.coefficients[place : place + _SIZE]
+            return self._fitted(backend)
         if model.energy_prior is None:
             return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
         return model.energy_prior
@@ -120,7 +133,7 @@ class CostModels:
             self._model(backend).learn_durations(some)
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
-        """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
+        """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
         watts = energy / busy * 1e3
         self._follow_power(watts, busy)
         works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
@@ -165,10 +178,12 @@ class CostModels:
     def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
         model = self._models[backend]
+        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         if model.energy_prior is None:
-            model.energy_prior = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
-        prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
-        doubt = model.energy_doubt
+            model.energy_prior = guess
+        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
+        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
+        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
         self._add_rows()
         self._order.append(backend)
         if self._fit is None:
@@ -208,8 +223,7 @@ class CostModels:
         model = self._models.get(backend)
         if model is None or self._fit is None or backend not in self._order:
             return {}
-        place = self._order.index(backend) * _SIZE
-        energy = self._fit.coefficients[place : place + _SIZE]
+        energy = self._fitted(backend)
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}

@@ -12,7 +12,7 @@ from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.intervals import Doubts, interval
 from proxy.energy.lag import LagEstimate
-from proxy.energy.pending import TOKENS, Bools, Floats, PendingSteps, Steps
+from proxy.energy.pending import TOKENS, Alone, Bools, Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.spans import LoadingSpans, UseSpans
@@ -33,6 +33,7 @@ class DeviceBook:
         self.pending_steps = PendingSteps()
         self.uses, self.loading = UseSpans(), LoadingSpans()
         self.tallies = Tallies(registry.capacity)
+        registry.follow(self.tallies)
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
@@ -40,7 +41,7 @@ class DeviceBook:
         self._backend_names = backend_names  # grows as backends become known
         self._timeline, self._lag = Timeline(), LagEstimate()
         self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
-        self._prices_version = 0
+        self._prices_version = (0, False)
         self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
         self._last_work = NEVER
 
@@ -60,7 +61,6 @@ class DeviceBook:
         new = self.pending_steps.take_new()
         if not len(new):
             return
-        self.tallies.grow(self._registry.capacity)
         self._models.learn_durations(new.where(~_is_timed(new)))
         new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
@@ -95,13 +95,17 @@ class DeviceBook:
         """Divide the oldest window, for good."""
         window = self.windows.popleft()
         self.look()
-        use = self.uses.during(window.start, window.end)
-        scene = scene_of(window, self.pending_steps.steps, self.loading, use)
+        scene = self._scene(window)
         self._learn(scene)
+        if self._reprice():
+            scene = self._scene(window)
         if window.energy:
             self._divide(scene)
         self._consume(scene)
-        self._reprice()
+
+    def _scene(self, window: Window) -> Scene:
+        use = self.uses.during(window.start, window.end)
+        return scene_of(window, self.pending_steps.steps, self.loading, use)
 
     def _divide(self, scene: Scene) -> None:
         prices = scene.steps.predicted * scene.part[scene.steps.owner]
@@ -119,7 +123,6 @@ class DeviceBook:
         self._foreign += division.foreign
         self._unattributed += unattributed
         self._pending -= scene.window.energy
-        self.tallies.grow(self._registry.capacity)
         self.tallies.active[1 : len(slots)] += slots[1:]
         self._hour.add(scene.window.end, division.idle, requests, scene.busy)
 
@@ -131,8 +134,9 @@ class DeviceBook:
         if not len(steps):
             return
         split = self._models.split_error(steps)
-        tallies.split[:used] += split * division.slots * (1 - division.slots / window.energy)
-        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2
+        others = 1 - division.slots / window.energy  # what is all one's own leaves no doubt
+        tallies.split[:used] += split * division.slots * others
+        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
         if self._idle.watts:
             lengths = scene.part * (steps.ended - steps.started)
             each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
@@ -152,16 +156,18 @@ class DeviceBook:
         self.uses.drop_until(scene.window.end)
         self.loading.drop_until(scene.window.end)
 
-    def _reprice(self) -> None:
-        """The models have learnt: what is awaited is predicted anew."""
-        if self._prices_version == self._models.version:
-            return
-        self._prices_version = self._models.version
+    def _reprice(self) -> bool:
+        """If something was learnt, predict anew what is awaited."""
+        version = (self._models.version, self._idle.watts is not None)
+        if self._prices_version == version:
+            return False
+        self._prices_version = version
         steps, tallies = self.pending_steps.steps, self.tallies
         tallies.awaited[:] = 0.0
         if len(steps):
             steps.predicted[:] = self._price(steps)
             np.add.at(tallies.awaited, steps.slot, steps.predicted * (1 - self._settled_part(steps))[steps.owner])
+        return True
 
     # --- learning ---
 
@@ -210,9 +216,12 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        self.tallies.grow(self._registry.capacity)
-        tally = self.tallies.of(slot)
-        tail = 0.0 if settled else max(tally.awaited, 0.0)
+        unseen = self.pending_steps.new_alone(slot)
+        if unseen is None or any(self._is_late(step) for step in unseen):  # not so simple
+            self.look()
+            unseen = None
+        tally = _with(self.tallies.of(slot), unseen or [])
+        tail = 0.0 if settled else max(tally.awaited, 0.0) + sum(map(self._price_alone, unseen or []))
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
@@ -224,6 +233,17 @@ class DeviceBook:
             full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
             meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
         )
+
+    def _is_late(self, step: Alone) -> bool:
+        return self.settled_until is not None and step.started < self.settled_until
+
+    def _price_alone(self, step: Alone) -> float:
+        timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
+        return self._models.price_alone(step, timed, self._idle.watts)
+
+    def touched(self, slot: int) -> bool:
+        """Whether the request had a step on this device."""
+        return self.tallies.touched(slot) or self.pending_steps.has_new(slot)
 
     def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
         return Doubts(
@@ -248,6 +268,15 @@ class DeviceBook:
             idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
             fit_error_ratio={names[index]: error for index, error in self._models.errors().items()},
         )  # fmt: skip
+
+
+def _with(tally: Tally, unseen: Sequence[Alone]) -> Tally:
+    if not unseen:
+        return tally
+    return tally._replace(
+        first_start=min(tally.first_start, *(step.started for step in unseen)),
+        last_end=max(tally.last_end, *(step.ended for step in unseen)),
+    )
 
 
 def _is_timed(steps: Steps) -> Bools:

@@ -72,7 +72,8 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
     unbounded = _solved(normal, moment)
     if (unbounded >= 0).all():
         return unbounded
-    theta, free = np.zeros(size), np.zeros(size, dtype=bool)
+    theta: Floats = np.zeros(size)
+    free = np.zeros(size, dtype=bool)
     for _ in range(3 * size):
         gradient = moment - normal @ theta
         gradient[free] = 0.0
@@ -87,16 +88,16 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
 def _solved(normal: Floats, moment: Floats) -> Floats:
     """N⁻¹·m; the shortest solution where rows far apart in size have left N without full rank."""
     try:
-        solution = np.linalg.solve(normal, moment)
+        solution: Floats = np.linalg.solve(normal, moment).astype(np.float64)
     except np.linalg.LinAlgError:
-        solution = np.linalg.lstsq(normal, moment, rcond=None)[0]
-    return solution.astype(np.float64)
+        solution = np.linalg.lstsq(normal, moment, rcond=None)[0].astype(np.float64)
+    return solution
 
 
 def _walk(normal: Floats, moment: Floats, theta: Floats, free: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
     """To the minimum over the free coefficients, or to where the first of them becomes 0, and on from there."""
     while free.any():
-        goal = np.zeros(len(theta))
+        goal: Floats = np.zeros(len(theta))
         goal[free] = _solved(normal[np.ix_(free, free)], moment[free])
         blocked = free & (goal <= 0)
         if not blocked.any():

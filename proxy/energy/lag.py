@@ -1,7 +1,8 @@
 """How far a meter's counter lags behind the power it counts, learnt from how well windows fit when they are moved.
 
-A counter averages, and shows at its next tick what has been used before; a poll sees that later still. So the energy that
-a window shows was used a little earlier. For each lag of a list, the windows are compared with what the cost model says
+A counter averages, and shows at its next tick what has been used before; a poll sees that later still. So the energy
+that a window shows was used a little earlier. For each lag of a list, windows are compared with what the cost model
+says
 of the steps that ran so much earlier; the lag that fits clearly best is approached, one notch at a time.
 """
 

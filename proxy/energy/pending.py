@@ -1,6 +1,7 @@
 """The steps on one device that no settled window has consumed yet, column-wise: a window costs no Python loop."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,22 @@ Bools = npt.NDArray[np.bool_]
 PARTICIPANTS, TOKENS, ATTENTION, CONTEXT = range(4)
 
 
+class Alone(NamedTuple):
+    """A step with one participant."""
+
+    backend: int
+    started: int
+    ended: int
+    tokens: float
+    context: float
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
 
-    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context than
-    the last one. `sums` has, by step, the number of participants and the sums of their tokens, attention and context.
+    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
+    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
@@ -117,6 +128,21 @@ class PendingSteps:
         self._tokens.extend(step.tokens or (0,))
         self._contexts.extend(step.contexts or (0,))
 
+    def has_new(self, slot: int) -> bool:
+        """Whether a step that was not taken yet names this slot."""
+        return slot in self._slot
+
+    def new_alone(self, slot: int) -> list[Alone] | None:
+        """The steps of this slot that were not taken yet, if all such steps have one participant; else None."""
+        if len(self._slot) != len(self._count):
+            return None
+        found, place = list[Alone](), -1
+        for _ in range(self._slot.count(slot)):
+            place = self._slot.index(slot, place + 1)
+            columns = self._backend, self._started, self._ended, self._tokens, self._contexts
+            found.append(Alone(*(column[place] for column in columns)))
+        return found
+
     def take_new(self) -> Steps:
         """The steps added since the last call; `join` is to put them to the others."""
         if not self._backend:
@@ -145,7 +171,7 @@ class PendingSteps:
     def disown(self, slot: int, heir: int) -> None:
         """Give what is left of a request's work to another account."""
         self.steps.slot[self.steps.slot == slot] = heir
-        if self._slot:
+        if slot in self._slot:
             self._slot = [heir if each == slot else each for each in self._slot]
 
 

@@ -9,7 +9,7 @@ chunk's early tokens see less). A step of n participants takes and uses
 in seconds and joules. `docs/cost-model.md` says where the coefficients come from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from proxy.energy.shapley import roofline_shares
 DURATION = ("launch", "launch_sequence", "compute_token", "compute_attention", "memory_step", "memory_context")
 ENERGY = ("step", "sequence", "token", "attention", "context", "static_watts")
 
-#: A step at which a machine turns from memory- to compute-bound, in tokens, where nothing tells (accelerators: 150-300).
+#: The tokens at which a step turns from memory- to compute-bound, where nothing tells (accelerators: 150-300).
 _KNEE = 200.0
 #: Of an unknown model: context tokens that cost as much memory traffic as the weights, and as much compute as a token.
 _MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
@@ -117,6 +117,14 @@ class StepModel:
         return np.array([
             joules * d[4], 0.1 * watts * d[1] + 1e-9 * watts, joules * d[2], joules * d[3], joules * d[5], 0.4 * watts
         ])  # fmt: skip
+
+    def price_alone(self, tokens: float, context: float, energy: Sequence[float]) -> float:
+        """Joules of a step with one participant, without any array: its share is all of it."""
+        d: list[float] = self.duration.tolist()
+        attention = tokens * max(context - (tokens - 1) / 2, 0.0)
+        seconds = d[0] + d[1] + max(d[2] * tokens + d[3] * attention, d[4] + d[5] * context)
+        work = energy[2] * tokens + energy[3] * attention + energy[4] * context
+        return energy[0] + energy[1] + work + energy[5] * seconds
 
     def price(self, steps: Steps, energy: Floats) -> Floats:
         """Joules of each participant: its Shapley value of its step's energy."""

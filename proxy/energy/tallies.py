@@ -26,8 +26,8 @@ class Tallies:
     """Columns by slot. Energies are microjoules; only `active` is exact, the others describe it.
 
     `idle_part`: its equal part of the idle power while its steps ran. `meanwhile`: all the device used while it was
-    open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do not
-    explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
+    open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do
+    not explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
     came too late. `first_start`, `last_end`: of its steps on this device.
     """
 
@@ -45,8 +45,6 @@ class Tallies:
         self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats
 
     def grow(self, capacity: int) -> None:
-        if capacity <= self.capacity:
-            return
         self.active = grown(self.active, capacity, 0)
         self.first_start = grown(self.first_start, capacity, FOREVER)
         self.last_end = grown(self.last_end, capacity, NEVER)
@@ -61,9 +59,8 @@ class Tallies:
 
     def of(self, slot: int) -> Tally:
         """One request's figures."""
-        return Tally(
-            int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot]), *self._floats[:, slot].tolist()
-        )  # fmt: skip
+        exact = int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot])
+        return Tally(*exact, *self._floats[:, slot].tolist())
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""
