@@ -37,11 +37,15 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start a backend's process: the command, what is added to its environment, and where its health is told."""
+    """How to start a backend's process: the command, what is added to its environment, and where its health is told.
+
+    `reports_steps` is False where the engine that is installed cannot tell its steps though its kind could.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     health_path: str = "/health"
+    reports_steps: bool = True
 
 
 class BackendKind(Protocol):

@@ -45,6 +45,7 @@ _MESSAGE_PARTICIPANTS = 1024  # steps are joined into one message up to this man
 _KEPT_PARTICIPANTS = 65_536  # what a sender keeps while nobody listens, some 10 MB
 _KEPT_STEPS = 4096
 _KEPT_STATES = 16
+_WHY_CHARACTERS = 500
 _SEND_BUFFER_BYTES = 1 << 20
 _RECONNECT_NANOSECONDS = 500_000_000
 _FULL_NANOSECONDS = 5_000_000  # how long a full socket is left alone
@@ -92,7 +93,7 @@ class StepMessage(msgspec.Struct, frozen=True):
 
     `source` names the sending process (an engine may have several, and each restart is another). `sequence` counts the
     steps it has sent before this message, so that a gap is the number of steps lost on the way; `lost` counts the
-    steps it dropped itself. Both only rise.
+    steps it dropped itself. Both only rise. `unable` is why the engine will tell no steps at all, "" while it does.
     """
 
     v: int
@@ -102,6 +103,7 @@ class StepMessage(msgspec.Struct, frozen=True):
     lost: Count
     steps: list[StepReport] = []
     states: list[LoadingState] = []
+    unable: str = ""
 
 
 _ATTEMPT = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?:\.[0-9]{1,4})?(?![0-9a-f])")
@@ -191,6 +193,16 @@ class StepReporter:
         if left:
             self._send_later()
 
+    def unable(self, why: str) -> None:
+        """Tell that this engine's steps cannot be known, so that the proxy does without them."""
+        with self._lock:
+            self._outbox.unable = why[:_WHY_CHARACTERS]
+            self._outbox.add_state(LoadingState(time.monotonic_ns(), False, self.devices))  # it goes with a message
+            self._flush()
+            left = not self._outbox.empty
+        if left and self._line is not None:
+            self._send_later()
+
     def flush(self) -> None:
         """Send what is there now, as far as the proxy takes it."""
         with self._lock:
@@ -247,6 +259,7 @@ class _Outbox:
         self._states_in_message = 0
         self._encoder = msgspec.msgpack.Encoder()
         self.lost = 0
+        self.unable = ""
 
     @property
     def steps(self) -> int:
@@ -284,6 +297,7 @@ class _Outbox:
                 "lost": self.lost,
                 "steps": steps,
                 "states": list(self._states),
+                "unable": self.unable,
             }
         )
 
@@ -373,7 +387,8 @@ class StepReceiver:
     """Takes step reports at `path`, whose directory is made (or must be) private to this user.
 
     `on_steps(backend, steps)`, `on_loss(backend, steps lost since the last call)` and `on_state(backend, state)` are
-    called in the event loop. Only `backends` may report. A malformed message is logged and ends its connection.
+    called in the event loop, and `on_unable(backend, why)` when an engine cannot tell its steps (it is logged by
+    default). Only `backends` may report. A malformed message is logged and ends its connection.
     """
 
     def __init__(
@@ -384,12 +399,14 @@ class StepReceiver:
         on_steps: Callable[[str, Sequence[StepReport]], None],
         on_loss: Callable[[str, int], None],
         on_state: Callable[[str, LoadingState], None],
+        on_unable: Callable[[str, str], None] | None = None,
     ) -> None:
         self.path = path
         self._backends = frozenset(backends)
         self._on_steps = on_steps
         self._on_loss = on_loss
         self._on_state = on_state
+        self._on_unable = on_unable or _log_unable
         self._listener: socket.socket | None = None
         self._connections: set[socket.socket] = set()
         self._progress: OrderedDict[tuple[str, str], _Progress] = OrderedDict()
@@ -398,7 +415,7 @@ class StepReceiver:
 
     async def start(self) -> None:
         """Listen. Raises OSError when the socket cannot be made, or not in private."""
-        _make_private(self.path)
+        _make_way(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             listener.bind(str(self.path))
@@ -468,6 +485,8 @@ class StepReceiver:
         lost = self._newly_lost(message)
         if lost:
             self._on_loss(message.backend, lost)
+        if message.unable:
+            self._on_unable(message.backend, message.unable)
         for state in message.states:
             self._on_state(message.backend, state)
         if message.steps:
@@ -491,19 +510,28 @@ class StepReceiver:
         connection.close()
 
 
+def _log_unable(backend: str, why: str) -> None:
+    logger.warning("%s: its engine cannot tell its steps: %s", backend, why)
+
+
 def _peer_uid(connection: socket.socket) -> int:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return int(uid)
 
 
-def _make_private(path: Path) -> None:
-    """See to it that only this user can reach `path`, and that nothing stale stands there."""
+def private_directory(path: Path) -> None:
+    """Make `path` a folder only this user can enter. Raises OSError if it is one that others can."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise OSError(f"{path}: must belong to user id {os.geteuid()} with mode 0700 (chmod 700 {path})")
+
+
+def _make_way(path: Path) -> None:
+    """See to it that only this user will reach the socket at `path`, and that nothing stale stands there."""
     if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
         raise OSError(f"{path}: longer than the {_UNIX_PATH_BYTES} bytes a Unix socket's path may have")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = path.parent.stat()
-    if directory.st_uid != os.geteuid() or directory.st_mode & 0o077:
-        raise OSError(f"{path.parent}: must belong to user id {os.geteuid()} with mode 0700 (chmod 700 {path.parent})")
+    private_directory(path.parent)
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         path.unlink()

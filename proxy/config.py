@@ -85,7 +85,9 @@ class Energy(_Section):
     @model_validator(mode="after")
     def _facility_needs_pue(self) -> "Energy":
         if self.boundary == "facility" and self.pue is None:
-            raise ValueError("boundary: facility needs pue, the power usage effectiveness of the building (such as 1.12)")
+            raise ValueError(
+                "boundary: facility needs pue, the power usage effectiveness of the building (such as 1.12)"
+            )
         return self
 
 
@@ -141,7 +143,7 @@ class Config(_Section):
     auth: Auth = Auth()
     store: Store = Store()
     energy: Energy = Energy()
-    models: Annotated[list[Model], Field(default_factory=_starter_models)]
+    models: list[Model] = Field(default_factory=_starter_models)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Config":

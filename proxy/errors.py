@@ -16,6 +16,8 @@ Foreign errors are translated once, where they are caught, with `raise … from`
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 
 class JoulegateError(Exception):
     """Whatever we raise on purpose."""
@@ -51,6 +53,24 @@ class ApiError(JoulegateError):
 
     def envelope(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self.envelope())
+
+    def encode_anthropic(self) -> bytes:
+        """The same in Anthropic's envelope."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": self.message}})
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class InvalidRequest(ApiError):

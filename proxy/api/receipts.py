@@ -128,8 +128,10 @@ def _provenance(receipt_id: str, status: Status, boundary: Boundary, intensity: 
 @lru_cache(maxsize=64)
 def _intensity_header(intensity: Intensity) -> bytes:
     age = "" if intensity.age_seconds is None else f";age={intensity.age_seconds:.0f}"
-    text = f"{fixed_point(intensity.grams_per_kwh)};zone={intensity.zone};source={intensity.source};as_of={intensity.as_of}"
-    return (text + age).encode("ascii", "replace")
+    grams = fixed_point(intensity.grams_per_kwh)
+    return f"{grams};zone={intensity.zone};source={intensity.source};as_of={intensity.as_of}{age}".encode(
+        "ascii", "replace"
+    )
 
 
 def _energies(figures: Figures) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
+"""The cost models of all backends on one device: fitted together, for they share its windows."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from proxy.energy.fit import OnlineFit
-from proxy.energy.pending import Floats, Steps
-from proxy.energy.step_model import DURATION, ENERGY, StepModel, Work, work_of
+from proxy.energy.intervals import split_error
+from proxy.energy.pending import Alone, Floats, Steps
+from proxy.energy.registry import PROXY_INDEX
+from proxy.energy.step_model import DURATION, ENERGY, StepModel
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
@@ -17,8 +21,26 @@ _SIGMA = 0.04
 _EDGE_SECONDS = 0.01
 _POWER_SECONDS = 20.0
 _SOLVE_EVERY = 10
-_ERROR_KEPT = 0.99
+_ERROR_SPEED, _SPAN_ERROR_SPEED = 0.01, 0.05
+_SPAN_NANOSECONDS = 1_000_000_000
+#: Steps that are priced by time alone may each have done anything.
+_TIMED_ERROR = 0.5
+
+
+@dataclass(slots=True)
+class _Span:
+    """Windows of about a second, over which what is off on one side of a tick and on the other cancels."""
+
+    off: float = 0.0
+    joules: float = 0.0
+    busy: int = 0
+    backends: set[int] = field(default_factory=set)
+
+
 _EAGER_WINDOWS = 100
+_EVIDENCE = 20
+_SELDOM = 4
+_LITTLE = 0.01
 
 
 class CostModels:
@@ -30,16 +52,31 @@ class CostModels:
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
         self._windows = 0
+        self._rows: list[tuple[Floats, float, float]] = []  # windows not yet taken into the fit
+        self._looks = 0
+        self._span = _Span()
+        self.window_error = 0.3
+        self.version = 0
+        """Prices of one version are the same."""
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
-        """Begin with these coefficients: a prior, or what was learnt before."""
-        self._models[backend] = StepModel(coefficients)
+        """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
+        if backend not in self._order:
+            self._models[backend] = StepModel(coefficients)
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
         if self._busy_watts is not None:
             return self._busy_watts
         return idle_watts / IDLE_GUESS if idle_watts else 1.0
+
+    def guessed_idle_watts(self) -> float:
+        return IDLE_GUESS * self.busy_watts(None)
+
+    @property
+    def knows_costs(self) -> bool:
+        """Whether predictions have a scale and some evidence behind them."""
+        return self._windows >= _EVIDENCE
 
     # --- prices ---
 
@@ -52,8 +89,7 @@ class CostModels:
         prices = np.zeros(len(steps.slot))
         for backend, some in _by_backend(steps):
             model = self._model(backend)
-            work = work_of(some)
-            joules = model.price(work, self._energy(backend, model, work, idle_watts))
+            joules = model.price(some, self._energy(backend, model, some, idle_watts))
             prices[_entries(steps, backend, some)] = joules * 1e6
         by_time = timed > 0
         if by_time.any():
@@ -63,29 +99,44 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
+    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
+        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
+        model = self._models.get(step.backend)
+        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
+            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
+        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+
+    def _fitted(self, backend: int) -> Floats:
+        assert self._fit is not None
+        place = self._order.index(backend) * _SIZE
+        return self._fit.coefficients[place : place + _SIZE]
+
     def _model(self, backend: int) -> StepModel:
         return self._models.setdefault(backend, StepModel())
 
-    def _energy(self, backend: int, model: StepModel, work: Work, idle_watts: float | None) -> Floats:
+    def _energy(self, backend: int, model: StepModel, steps: Steps, idle_watts: float | None) -> Floats:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
-            place = self._order.index(backend) * _SIZE
-            return self._fit.coefficients[place : place + _SIZE]
+            return self._fitted(backend)
         if model.energy_prior is None:
-            return model.guess_energy(self.busy_watts(idle_watts), work.sums.mean(axis=0))
+            return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
         return model.energy_prior
 
     # --- learning ---
 
     def learn_durations(self, steps: Steps) -> None:
+        """From these steps' timestamps; once there were many, from one batch of steps in four."""
+        self._looks += 1
+        if self._windows > _EAGER_WINDOWS and self._looks % _SELDOM:
+            return
         for backend, some in _by_backend(steps):
-            self._model(backend).learn_durations(work_of(some))
+            self._model(backend).learn_durations(some)
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
-        """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
+        """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
         watts = energy / busy * 1e3
         self._follow_power(watts, busy)
-        works = {backend: (work_of(some), fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
+        works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
         for backend, (work, _) in works.items():
             if backend not in self._order:
                 self._join(backend, work)
@@ -97,48 +148,82 @@ class CostModels:
             row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
         joules = energy / 1e6
         edges = 2 if busy < length else 0
-        sigma = np.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
-        self._note_error(works, abs(joules - float(row @ fit.coefficients)), joules)
-        fit.add(row[None, :], np.array([joules]), np.array([sigma]))
+        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
+        self._rows.append((row, joules, sigma))
         self._windows += 1
-        if self._windows < _EAGER_WINDOWS or self._windows % _SOLVE_EVERY == 0:
-            fit.solve()
+        if self._windows < _EAGER_WINDOWS or len(self._rows) >= _SOLVE_EVERY:
+            self._solve()
+
+    def _solve(self) -> None:
+        """Take what was learnt into the coefficients: all prices change."""
+        for model in self._models.values():
+            if model.seconds is not None:
+                model.seconds.solve()
+        self._add_rows()
+        assert self._fit is not None
+        self._fit.solve()
+        self.version += 1
+
+    def _add_rows(self) -> None:
+        if self._rows and self._fit is not None:
+            rows, joules, sigmas = zip(*self._rows, strict=True)
+            self._fit.add(np.array(rows), np.array(joules), np.array(sigmas))
+            self._rows.clear()
 
     def _follow_power(self, watts: float, busy: int) -> None:
         old = watts if self._busy_watts is None else self._busy_watts
         self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
 
-    def _join(self, backend: int, work: Work) -> None:
+    def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
         model = self._models[backend]
+        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         if model.energy_prior is None:
-            model.energy_prior = model.guess_energy(self.busy_watts(None), work.sums.mean(axis=0))
-        prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
-        doubt = model.energy_doubt
+            model.energy_prior = guess
+        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
+        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
+        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
+        self._add_rows()
         self._order.append(backend)
         if self._fit is None:
             self._fit = OnlineFit(prior, doubt, _HORIZON)
         else:
             self._fit.widen(prior, doubt)
 
-    def _note_error(self, works: Mapping[int, tuple[Work, Floats]], off: float, joules: float) -> None:
-        for backend in works:
+    def _note_errors(self, off: float, joules: float, busy: int, backends: Iterable[int]) -> None:
+        error = min(abs(off) / joules, 1.0)
+        self.window_error += (error - self.window_error) * max(_ERROR_SPEED, 1 / (self._windows + 1))
+        span = self._span
+        span.off, span.joules, span.busy = span.off + off, span.joules + joules, span.busy + busy
+        span.backends.update(backends)
+        for backend in backends:
+            self._models[backend].windows += 1
+        if span.busy >= _SPAN_NANOSECONDS:
+            self._note_span(min(abs(span.off) / span.joules, 1.0))
+
+    def _note_span(self, error: float) -> None:
+        for backend in self._span.backends:
             model = self._models[backend]
-            model.windows += 1
-            model.off = model.off * _ERROR_KEPT + min(off, joules)
-            model.used = model.used * _ERROR_KEPT + joules
+            model.spans += 1
+            model.error += (error - model.error) * max(_SPAN_ERROR_SPEED, 1 / model.spans)
+        self._span = _Span()
 
     def errors(self) -> dict[int, float]:
-        """By backend, the recent mean error of predicted windows, relative to them."""
-        return {backend: model.off / model.used for backend, model in self._models.items() if model.used > 0}
+        """By backend, the recent error of the energy predicted for spans of about a second, relative to it."""
+        return {backend: model.error for backend, model in self._models.items() if model.windows}
+
+    def split_error(self, steps: Steps) -> float:
+        """How wrongly a window of these steps may be divided between them."""
+        models = [self._model(backend) for backend, _ in _by_backend(steps) if backend != PROXY_INDEX]
+        return max((split_error(min(model.error, 0.2), model.windows) for model in models), default=_TIMED_ERROR)
 
     def coefficients(self, backend: int) -> dict[str, float]:
         """What has been learnt of a backend, to be recalled after a restart; empty for nothing."""
         model = self._models.get(backend)
         if model is None or self._fit is None or backend not in self._order:
             return {}
-        place = self._order.index(backend) * _SIZE
-        energy = self._fit.coefficients[place : place + _SIZE]
+        energy = self._fitted(backend)
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}

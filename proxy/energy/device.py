@@ -2,60 +2,48 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
-from proxy.energy.cost_model import IDLE_GUESS, CostModels
+from proxy.energy.cost_model import CostModels
+from proxy.energy.division import Division, Scene, divide, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
-from proxy.energy.pending import Floats, PendingSteps, Steps
+from proxy.energy.intervals import Doubts, interval
+from proxy.energy.lag import LagEstimate
+from proxy.energy.pending import TOKENS, Alone, Bools, Floats, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
-from proxy.energy.registry import PROXY_INDEX, UNATTRIBUTED, Registry
-from proxy.energy.rounding import largest_remainder
-from proxy.energy.spans import LoadingSpans, Use, UseSpans, covered
-from proxy.energy.tallies import Tallies
+from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
+from proxy.energy.spans import LoadingSpans, UseSpans
+from proxy.energy.tallies import Tallies, Tally
 from proxy.energy.timeline import Timeline, Window
 
-#: A device of which others used less than this counts as free of foreign processes when idle power is calibrated.
+#: A device of which others used less than this counts as free of foreign processes when something is learnt.
 _NO_FOREIGN = 0.01
 #: The proxy's own part of a busy device's power, where CPU time does not tell.
 _PROXY_PART = 0.05
-#: Half-width of the interval of a share, relative to the part of the window that could also be others'.
-_DOUBT = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class _Scene:
-    """All that matters to how one window is divided."""
-
-    window: Window
-    steps: Steps
-    overlap: Floats  # nanoseconds of each step in the window
-    busy: int
-    loading: int
-    use: Use
 
 
 class DeviceBook:
-    """Settles windows one after the other; `settled_until` is where it has got to."""
+    """Settles windows one after the other; `settled_until` is where it has got to, None before the first sample."""
 
     def __init__(self, device: Device, registry: Registry, backend_names: Sequence[str]) -> None:
         self.device = device
         self.pending_steps = PendingSteps()
         self.uses, self.loading = UseSpans(), LoadingSpans()
         self.tallies = Tallies(registry.capacity)
+        registry.follow(self.tallies)
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
         self._registry = registry
-        self._timeline = Timeline()
-        self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
-        self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
-        self._last_work = -(1 << 62)
         self._backend_names = backend_names  # grows as backends become known
+        self._timeline, self._lag = Timeline(), LagEstimate()
+        self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
+        self._prices_version = (0, False)
+        self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
+        self._last_work = NEVER
 
     # --- what comes in ---
 
@@ -71,32 +59,35 @@ class DeviceBook:
     def look(self) -> None:
         """Take in the steps that arrived since the last look: predict what they cost."""
         new = self.pending_steps.take_new()
-        self.tallies.grow(self._registry.capacity)
         if not len(new):
             return
-        self._models.learn_durations(new.where(~self._is_timed(new)))
-        new.predicted[:] = predicted = self._price(new)
+        self._models.learn_durations(new.where(~_is_timed(new)))
+        new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
-        settled = self._settled_fraction(new)[new.owner]
-        np.add.at(self.tallies.awaited, new.slot, predicted * (1 - settled))
-        np.add.at(self.tallies.lost, new.slot, predicted * settled)
+        self._lag.ran(new)
+        self._await(new)
+        np.minimum.at(self.tallies.first_start, new.slot, new.started[new.owner])
         np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
-        self.late_steps += int((settled > 0).sum())
 
-    def _price(self, steps: Steps) -> Floats:
-        proxy = steps.backend == PROXY_INDEX
-        by_time = np.where(self._is_timed(steps), np.where(proxy, _PROXY_PART, 1.0), 0.0)
-        return self._models.price(steps, by_time[steps.owner], self._idle.watts)
+    def _await(self, new: Steps) -> None:
+        """Work that is yet to settle; and what comes too late for that."""
+        np.add.at(self.tallies.awaited, new.slot, new.predicted)
+        late = self._settled_part(new)
+        if late.any():
+            lost = new.predicted * late[new.owner]
+            np.add.at(self.tallies.awaited, new.slot, -lost)
+            np.add.at(self.tallies.lost, new.slot, lost)
+            self.late_steps += int((late > 0).sum())
 
-    def _is_timed(self, steps: Steps) -> npt.NDArray[np.bool_]:
-        """Steps that are priced by time: nobody knows what work they did, or they are the proxy's own."""
-        timed: npt.NDArray[np.bool_] = (steps.per_step(steps.tokens) <= 0) | (steps.backend == PROXY_INDEX)
-        return timed
-
-    def _settled_fraction(self, steps: Steps) -> Floats:
+    def _settled_part(self, steps: Steps) -> Floats:
         if self.settled_until is None:
             return np.zeros(len(steps))
-        return np.clip((self.settled_until - steps.started) / (steps.ended - steps.started), 0.0, 1.0)
+        part: Floats = np.clip((self.settled_until - steps.started) / (steps.ended - steps.started), 0.0, 1.0)
+        return part
+
+    def _price(self, steps: Steps) -> Floats:
+        by_time = np.where(steps.backend == PROXY_INDEX, _PROXY_PART, 1.0) * _is_timed(steps)
+        return self._models.price(steps, by_time[steps.owner], self._idle.watts)
 
     # --- settling ---
 
@@ -106,162 +97,109 @@ class DeviceBook:
         self.look()
         scene = self._scene(window)
         self._learn(scene)
+        if self._reprice():
+            scene = self._scene(window)
         if window.energy:
             self._divide(scene)
-        if len(scene.steps):
-            self._last_work = max(self._last_work, int(scene.steps.ended.max()))
         self._consume(scene)
 
-    def _scene(self, window: Window) -> _Scene:
-        start, end = window.start, window.end
-        everything = self.pending_steps.steps
-        steps = everything.where(everything.overlap(start, end) > 0)
-        busy = covered(steps.started, steps.ended, start, end)
-        loading = 0
-        if self.loading:
-            starts, ends = self.loading.columns()
-            both = covered(
-                np.concatenate((steps.started, starts)), np.concatenate((steps.ended, ends)), start, end
-            )  # fmt: skip
-            loading = both - busy
-        return _Scene(
-            window, steps, steps.overlap(start, end).astype(np.float64), busy, loading, self.uses.during(start, end)
-        )
+    def _scene(self, window: Window) -> Scene:
+        use = self.uses.during(window.start, window.end)
+        return scene_of(window, self.pending_steps.steps, self.loading, use)
 
-    def _learn(self, scene: _Scene) -> None:
-        window = scene.window
-        if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
-            return
-        if scene.busy:
-            self._learn_costs(scene)
-        elif (
-            self._last_work < window.start - window.start_slack
-            and not self._registry.presence(window.start, window.end).any()
-        ):
-            self._idle.learn(window.energy, window.length)
+    def _divide(self, scene: Scene) -> None:
+        prices = scene.steps.predicted * scene.part[scene.steps.owner]
+        prices = priced_by_processes(scene, prices, self._backend_names)
+        division = divide(scene, prices, self._idle.watts, self._models.guessed_idle_watts(), self._registry.used)
+        self._book(scene, division)
+        self._describe(scene, division)
 
-    def _learn_costs(self, scene: _Scene) -> None:
-        window, steps = scene.window, scene.steps
-        timed = self._is_timed(steps)
-        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
-            return
-        watts = self._idle_watts()
-        energy = window.energy - watts * (window.length - scene.busy) / 1e3
-        if energy > 0:
-            part = scene.overlap / (steps.ended - steps.started)
-            self._models.learn_energy(steps.where(~timed), part[~timed], energy, scene.busy, window.length)
-
-    def _idle_watts(self) -> float:
-        return self._idle.watts if self._idle.watts is not None else IDLE_GUESS * self._models.busy_watts(None)
-
-    def _divide(self, scene: _Scene) -> None:
-        window, steps = scene.window, scene.steps
-        fraction = scene.overlap / (steps.ended - steps.started)
-        entries = self._price(steps) * fraction[steps.owner]
-        entries = self._by_processes(scene, entries)
-        used = self._registry._used
-        by_slot = np.bincount(steps.slot, weights=entries, minlength=used).astype(np.float64)
-        idle, foreign, loading, ours = self._accounts(scene, float(by_slot.sum()))
-        scale = ours / max(float(by_slot.sum()), 1e-300)
-        weights = np.concatenate(([idle, foreign], by_slot * scale))
-        weights[2 + UNATTRIBUTED] += loading
-        parts = largest_remainder(window.energy, weights)
-        self._book(scene, parts, by_slot)
-
-    def _accounts(self, scene: _Scene, predicted: float) -> tuple[float, float, float, float]:
-        """The window's energy as idle, foreign, loading and our steps', in proportion to what is predicted of each."""
-        energy, gap = scene.window.energy, scene.window.length - scene.busy - scene.loading
-        mean = energy / scene.window.length
-        loading = mean * scene.loading
-        idle_watts = self._idle.watts
-        if predicted + loading <= 0:
-            idle = (
-                energy
-                if idle_watts is None and not scene.use.foreign
-                else min(energy, (idle_watts or 0.0) * gap / 1000)
-            )
-            foreign = scene.use.foreign * (energy - idle)
-            return energy - foreign, foreign, 0.0, 0.0
-        idle = self._idle_watts() * gap / 1000
-        if len(scene.steps) == 0:
-            idle, loading = min(idle, mean * gap), energy - min(idle, mean * gap)
-        scale = energy / (idle + loading + predicted)
-        active = energy - idle * scale
-        foreign = scene.use.foreign * active
-        rest = max(active - foreign, 0.0) / (predicted + loading)
-        return idle * scale, foreign, loading * rest, predicted * rest
-
-    def _by_processes(self, scene: _Scene, entries: Floats) -> Floats:
-        """Where CPU time tells each backend's part, it prices the split between backends; predictions do within one."""
-        shares = scene.use.backends
-        if not shares or not len(scene.steps):
-            return entries
-        owner_backend = scene.steps.backend[scene.steps.owner]
-        predicted = np.bincount(owner_backend, weights=entries, minlength=len(self._backend_names))
-        wanted = np.array([shares.get(name, 0.0) for name in self._backend_names]) * (predicted > 0)
-        if wanted.sum() <= 1e-9:
-            return entries
-        factor = np.divide(wanted, predicted, out=np.zeros_like(predicted), where=predicted > 0)
-        priced: Floats = entries * (factor * (predicted.sum() / wanted.sum()))[owner_backend]
-        return priced
-
-    def _book(self, scene: _Scene, parts: np.ndarray[tuple[int], np.dtype[np.int64]], by_slot: Floats) -> None:
-        window, tallies = scene.window, self.tallies
-        idle, foreign, unattributed = int(parts[0]), int(parts[1]), int(parts[2])
-        slots = parts[3:]
-        requests = int(slots.sum())
-        self._idle_energy += idle
-        self._foreign += foreign
-        self._unattributed += unattributed
+    def _book(self, scene: Scene, division: Division) -> None:
+        slots = division.slots
+        unattributed = int(slots[UNATTRIBUTED])
+        requests = int(slots.sum()) - unattributed
         self._requests += requests
-        self._pending -= window.energy
-        used = len(slots) + 1
-        tallies.active[1:used] += slots
-        tallies.doubt[1:used] += _DOUBT * slots * (1 - slots / window.energy)
-        tallies.meanwhile[:used] += window.energy * self._registry.presence(window.start, window.end)
-        self._hour.add(window.end, idle, requests, scene.busy)
-        if self._idle.watts and len(scene.steps):
-            each = (
-                self._idle.watts
-                / 1000
-                * scene.overlap
-                * (scene.busy / scene.overlap.sum())
-                / np.maximum(scene.steps.count, 1)
-            )
-            np.add.at(tallies.idle_part, scene.steps.slot, each[scene.steps.owner])
+        self._idle_energy += division.idle
+        self._foreign += division.foreign
+        self._unattributed += unattributed
+        self._pending -= scene.window.energy
+        self.tallies.active[1 : len(slots)] += slots[1:]
+        self._hour.add(scene.window.end, division.idle, requests, scene.busy)
 
-    def _consume(self, scene: _Scene) -> None:
+    def _describe(self, scene: Scene, division: Division) -> None:
+        """What goes with the shares: how sure they are, their idle part, and what the whole device used meanwhile."""
+        window, steps, tallies = scene.window, scene.steps, self.tallies
+        used = len(division.slots)
+        tallies.meanwhile[:used] += window.energy * self._registry.presence(window.start, window.end)
+        if not len(steps):
+            return
+        split = self._models.split_error(steps)
+        others = 1 - division.slots / window.energy  # what is all one's own leaves no doubt
+        tallies.split[:used] += split * division.slots * others
+        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
+        if self._idle.watts:
+            lengths = scene.part * (steps.ended - steps.started)
+            each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
+            np.add.at(tallies.idle_part, steps.slot, each[steps.owner])
+
+    def _consume(self, scene: Scene) -> None:
         """The window's work is settled: it is no longer awaited."""
         self.settled_until = scene.window.end
         steps = scene.steps
         if len(steps):
-            done = (scene.overlap / (steps.ended - steps.started))[steps.owner]
-            price = steps.predicted * done
-            np.add.at(self.tallies.awaited, steps.slot, -price)
+            self._last_work = max(self._last_work, int(steps.ended.max()))
+            done = steps.predicted * scene.part[steps.owner]
+            np.add.at(self.tallies.awaited, steps.slot, -done)
             if scene.window.hole:
-                np.add.at(self.tallies.lost, steps.slot, price)
+                np.add.at(self.tallies.lost, steps.slot, done)
         self.pending_steps.drop_until(scene.window.end)
         self.uses.drop_until(scene.window.end)
         self.loading.drop_until(scene.window.end)
 
-    # --- what goes out ---
+    def _reprice(self) -> bool:
+        """If something was learnt, predict anew what is awaited."""
+        version = (self._models.version, self._idle.watts is not None)
+        if self._prices_version == version:
+            return False
+        self._prices_version = version
+        steps, tallies = self.pending_steps.steps, self.tallies
+        tallies.awaited[:] = 0.0
+        if len(steps):
+            steps.predicted[:] = self._price(steps)
+            np.add.at(tallies.awaited, steps.slot, steps.predicted * (1 - self._settled_part(steps))[steps.owner])
+        return True
 
-    def share(self, slot: int, *, settled: bool) -> DeviceShare:
-        """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        tallies = self.tallies
-        tail = 0.0 if settled else max(float(tallies.awaited[slot]), 0.0)
-        active = int(tallies.active[slot]) + round(tail)
-        doubt = float(tallies.doubt[slot]) + _DOUBT * tail
-        ratio = self._hour.idle_ratio()
-        marginal = max(active - round(float(tallies.idle_part[slot])), 0)
-        return DeviceShare(
-            active=Microjoules(active),
-            low=Microjoules(max(active - round(doubt), 0)),
-            high=Microjoules(active + round(doubt + float(tallies.lost[slot]))),
-            marginal=Microjoules(marginal),
-            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
-            meanwhile=Microjoules(max(round(float(tallies.meanwhile[slot]) + tail), active)),
-        )
+    # --- learning ---
+
+    def _learn(self, scene: Scene) -> None:
+        window = scene.window
+        if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
+            return
+        if self._models.knows_costs:
+            self._lag.compare(window.ticked_start, window.ticked_end, window.energy, self._idle_watts())
+            self._timeline.lag = self._lag.nanoseconds
+        if scene.busy:
+            self._learn_costs(scene)
+        elif self._is_idle(window):
+            self._idle.learn(window.energy, window.length)
+
+    def _is_idle(self, window: Window) -> bool:
+        """Nothing ran, nor shortly before (the tick's instant is uncertain), and no request was open."""
+        if self._last_work >= window.start - window.start_slack:
+            return False
+        return not self._registry.presence(window.start, window.end).any()
+
+    def _learn_costs(self, scene: Scene) -> None:
+        window, steps = scene.window, scene.steps
+        timed = _is_timed(steps)
+        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
+            return
+        energy = window.energy - self._idle_watts() * scene.gap / 1e3
+        if energy > 0:
+            self._models.learn_energy(steps.where(~timed), scene.part[~timed], energy, scene.busy, window.length)
+
+    def _idle_watts(self) -> float:
+        return self._idle.watts if self._idle.watts is not None else self._models.guessed_idle_watts()
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin a backend's cost model with a prior, or with what was learnt before."""
@@ -274,13 +212,53 @@ class DeviceBook:
         learnt = self._models.coefficients(backend)
         return {**learnt, "idle_watts": self._idle.watts} if learnt and self._idle.watts else learnt
 
+    # --- what goes out ---
+
+    def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
+        """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
+        unseen = self.pending_steps.new_alone(slot)
+        if unseen is None or any(self._is_late(step) for step in unseen):  # not so simple
+            self.look()
+            unseen = None
+        tally = _with(self.tallies.of(slot), unseen or [])
+        tail = 0.0 if settled else max(tally.awaited, 0.0) + sum(map(self._price_alone, unseen or []))
+        active = tally.active + round(tail)
+        low, high = interval(self._doubts(tally, tail, lost_ratio))
+        ratio = self._hour.idle_ratio()
+        return DeviceShare(
+            active=Microjoules(active),
+            low=Microjoules(min(low, active)),
+            high=Microjoules(max(high, active)),
+            marginal=Microjoules(max(active - round(tally.idle_part), 0)),
+            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
+            meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
+        )
+
+    def _is_late(self, step: Alone) -> bool:
+        return self.settled_until is not None and step.started < self.settled_until
+
+    def _price_alone(self, step: Alone) -> float:
+        timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
+        return self._models.price_alone(step, timed, self._idle.watts)
+
+    def touched(self, slot: int) -> bool:
+        """Whether the request had a step on this device."""
+        return self.tallies.touched(slot) or self.pending_steps.has_new(slot)
+
+    def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
+        return Doubts(
+            active=tally.active, tail=tail, noise=tally.noise, split=tally.split, lost=tally.lost,
+            lost_ratio=lost_ratio, work_length=max(tally.last_end - tally.first_start, 1),
+            instant_error=self._timeline.instant_error,
+        )  # fmt: skip
+
     def abandon(self, slot: int) -> None:
-        """The request settles though work of it may be pending: nobody gets that but `unattributed`."""
+        """The request has settled: what work of it may still be pending is nobody's."""
         self.pending_steps.disown(slot, UNATTRIBUTED)
         self.tallies.clear(slot)
 
     def balance(self) -> DeviceBalance:
-        timeline, watts = self._timeline, self._idle.watts
+        timeline, watts, names = self._timeline, self._idle.watts, self._backend_names
         return DeviceBalance(
             device=self.device.device, name=self.device.name, meter=self.device.meter,
             estimated=self.device.estimated, accuracy_ratio=self.device.accuracy_ratio,
@@ -288,5 +266,20 @@ class DeviceBook:
             foreign=Microjoules(self._foreign), unattributed=Microjoules(self._unattributed),
             pending=Microjoules(self._pending), power=timeline.power,
             idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
-            fit_error_ratio={self._backend_names[index]: error for index, error in self._models.errors().items()},
+            fit_error_ratio={names[index]: error for index, error in self._models.errors().items()},
         )  # fmt: skip
+
+
+def _with(tally: Tally, unseen: Sequence[Alone]) -> Tally:
+    if not unseen:
+        return tally
+    return tally._replace(
+        first_start=min(tally.first_start, *(step.started for step in unseen)),
+        last_end=max(tally.last_end, *(step.ended for step in unseen)),
+    )
+
+
+def _is_timed(steps: Steps) -> Bools:
+    """Steps that are priced by time: nobody knows what work they did, or they are the proxy's own."""
+    timed: Bools = (steps.sums[:, TOKENS] <= 0) | (steps.backend == PROXY_INDEX)
+    return timed

@@ -14,8 +14,8 @@ _TRUSTING_ROWS = 20
 class OnlineFit:
     """Coefficients θ ≥ 0 that minimise Σ ((y - x·θ) / σ)² + Σ ((θ - θ₀) / (doubt·θ₀))², old rows forgotten.
 
-    The prior θ₀ is positive, and `doubt` its standard deviation relative to it. `horizon` is the number of rows after which a row counts for 1/e. `spread` is the
-    usual deviation of recent rows, in units of σ.
+    The prior θ₀ is positive, and `doubt` its standard deviation relative to it. `horizon` is the number of rows after
+    which a row counts for 1/e. `spread` is the usual deviation of recent rows, in units of σ.
     """
 
     def __init__(self, prior: Floats, doubt: Floats, horizon: float) -> None:
@@ -69,7 +69,11 @@ class OnlineFit:
 def non_negative(normal: Floats, moment: Floats) -> Floats:
     """The θ ≥ 0 that minimises ½ θ·N·θ - m·θ for a positive definite N (Lawson and Hanson's active sets)."""
     size = len(moment)
-    theta, free = np.zeros(size), np.zeros(size, dtype=bool)
+    unbounded = _solved(normal, moment)
+    if (unbounded >= 0).all():
+        return unbounded
+    theta: Floats = np.zeros(size)
+    free = np.zeros(size, dtype=bool)
     for _ in range(3 * size):
         gradient = moment - normal @ theta
         gradient[free] = 0.0
@@ -81,11 +85,20 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
     return theta
 
 
+def _solved(normal: Floats, moment: Floats) -> Floats:
+    """N⁻¹·m; the shortest solution where rows far apart in size have left N without full rank."""
+    try:
+        solution: Floats = np.linalg.solve(normal, moment).astype(np.float64)
+    except np.linalg.LinAlgError:
+        solution = np.linalg.lstsq(normal, moment, rcond=None)[0].astype(np.float64)
+    return solution
+
+
 def _walk(normal: Floats, moment: Floats, theta: Floats, free: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
     """To the minimum over the free coefficients, or to where the first of them becomes 0, and on from there."""
     while free.any():
-        goal = np.zeros(len(theta))
-        goal[free] = np.linalg.solve(normal[np.ix_(free, free)], moment[free])
+        goal: Floats = np.zeros(len(theta))
+        goal[free] = _solved(normal[np.ix_(free, free)], moment[free])
         blocked = free & (goal <= 0)
         if not blocked.any():
             return goal

@@ -6,6 +6,7 @@ _FORGET_SECONDS = 120.0
 _MINUTE = 60_000_000_000
 _HOUR_MINUTES = 60
 _LEAST_BUSY_SECONDS = 60.0
+_RATIO_EVERY = 1_000_000_000
 
 
 class IdlePower:
@@ -33,6 +34,8 @@ class LastHour:
 
     def __init__(self) -> None:
         self._minutes: deque[list[float]] = deque()  # minute, idle µJ, active µJ, busy seconds
+        self._ratio: float | None = None
+        self._ratio_at = -(1 << 62)
 
     def add(self, at: int, idle: float, active: float, busy: int) -> None:
         minute = at // _MINUTE
@@ -45,9 +48,13 @@ class LastHour:
         last[2] += active
         last[3] += busy / 1e9
 
+        if at - self._ratio_at >= _RATIO_EVERY:
+            self._ratio, self._ratio_at = self._current_ratio(), at
+
     def idle_ratio(self) -> float | None:
-        """Idle energy over active energy; None below 60 s of busy time."""
-        _, idle, active, busy = (
-            (sum(column) for column in zip(*self._minutes, strict=True)) if self._minutes else (0,) * 4
-        )
+        """Idle energy over active energy, not older than a second; None below 60 s of busy time."""
+        return self._ratio
+
+    def _current_ratio(self) -> float | None:
+        _, idle, active, busy = (sum(column) for column in zip(*self._minutes, strict=True))
         return idle / active if busy >= _LEAST_BUSY_SECONDS and active > 0 else None

@@ -26,7 +26,7 @@ never reopened: a step that comes later is lost work. It is counted and widens i
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from proxy.energy.attribution import METHODS, Attribution, DeviceBalance, DeviceShare, Method
@@ -57,6 +57,7 @@ SETTLE_AFTER = Nanoseconds(30_000_000_000)
 GRACE = Nanoseconds(500_000_000)
 #: How long a window waits for news of other processes on a device that has had such news before.
 _PROCESSES_GRACE = 1_500_000_000
+_LOOK_EVERY = 200_000_000
 _DUPLICATES_REMEMBERED = 64
 _RANK: dict[Method, int] = {method: rank for rank, method in enumerate(METHODS)}
 
@@ -74,8 +75,18 @@ class _Backend:
     last_finish: int = NEVER
     open: dict[str, Request] = field(default_factory=dict)
     reported_by_request: dict[str, int] = field(default_factory=dict)
+    requests: Sequence[str] = ()  # of its latest step, with their slots: a batch changes seldom
+    slots: list[int] = field(default_factory=list)
+    slots_version: int = -1
     recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
+    reports_received: int = 0
     reports_lost: int = 0
+
+    def lost_ratio(self, request: Request) -> float:
+        """Of the reports that were sent while a request was open, the part that was lost."""
+        received = self.reports_received - request.reports_before[0]
+        lost = self.reports_lost - request.reports_before[1]
+        return lost / (lost + received) if lost else 0.0
 
 
 class Ledger:
@@ -91,6 +102,7 @@ class Ledger:
         self._announced = known_only
         self._settle_after = settle_after
         self._now = NEVER
+        self._looked_at = NEVER  # when time-outs of waiting requests were last looked after
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
         self._backends: dict[str, _Backend] = {}
@@ -115,7 +127,8 @@ class Ledger:
         """Let time-outs act: it is `now`."""
         self._pass(now)
         self._settle_windows()
-        self._settle_waiting()
+        if self._now - self._looked_at >= _LOOK_EVERY:
+            self._settle_waiting()
 
     def close(self) -> None:
         """The end: everything settles with what was measured; what has no finish is `unfinished`."""
@@ -204,8 +217,6 @@ class Ledger:
             raise EventError(f"lost reports cannot be {event.reports}")
         backend = self._backend(event.backend)
         backend.reports_lost += event.reports
-        for request in backend.open.values():
-            request.reports_lost = True
 
     def _backend_state(self, event: BackendState) -> None:
         _check_times(event.at)
@@ -235,7 +246,9 @@ class Ledger:
 
     def _open(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
         opened = self._registry.begin(request, backend, at, announced=announced)
-        self._backend(backend).open[request] = opened
+        known = self._backend(backend)
+        known.open[request] = opened
+        opened.reports_before = (known.reports_received, known.reports_lost)
         if not announced and backend in {"", PROXY_BACKEND}:
             self._orphans.add(request)
         return opened
@@ -253,6 +266,13 @@ class Ledger:
         self._now = max(self._now, now)
 
     def _slots_of(self, step: Step, backend: _Backend) -> list[int]:
+        if self._registry.version == backend.slots_version and step.requests == backend.requests:
+            return backend.slots
+        slots = self._find_slots(step)
+        backend.requests, backend.slots, backend.slots_version = step.requests, slots, self._registry.version
+        return slots
+
+    def _find_slots(self, step: Step) -> list[int]:
         slots = list(map(self._registry.slots.get, step.requests)) or [UNATTRIBUTED]
         if None not in slots:
             return slots  # type: ignore[return-value]  # no None in it
@@ -279,6 +299,7 @@ class Ledger:
 
     def _note_report(self, backend: _Backend, step: Step) -> None:
         backend.reports = True
+        backend.reports_received += 1
         backend.reported = max(backend.reported, step.ended)
         if backend.name == PROXY_BACKEND:
             return
@@ -305,6 +326,7 @@ class Ledger:
         self._orphans.discard(request.request)
         self._backend(request.backend).open.pop(request.request, None)
         request.backend = backend.name
+        request.reports_before = (backend.reports_received, backend.reports_lost)
         if request.finished is None:
             backend.open[request.request] = request
 
@@ -347,6 +369,7 @@ class Ledger:
             self._settle_waiting()
 
     def _settle_waiting(self, *, everything: bool = False) -> None:
+        self._looked_at = self._now
         for request in list(self._waiting.values()):
             if everything or self._is_done(request):
                 self._settle(request)
@@ -361,6 +384,8 @@ class Ledger:
 
     def _is_settled_on(self, book: DeviceBook, request: Request) -> bool:
         assert request.finished is not None
+        if book.settled_until is not None and book.settled_until < request.finished > self._now - self._settle_after:
+            return False
         book.look()
         until = max(request.finished, int(book.tallies.last_end[request.slot]))
         if book.settled_until is not None and book.settled_until >= until:
@@ -375,7 +400,7 @@ class Ledger:
         return {
             name: book
             for name, book in self._devices.items()
-            if book.settled_until is not None and (name in names or book.tallies.touched(request.slot))
+            if book.settled_until is not None and (name in names or book.touched(request.slot))
         }
 
     def _settle(self, request: Request) -> None:
@@ -404,8 +429,6 @@ class Ledger:
         known = self._registry.open.get(request)
         if known is None:
             return next((each for each in reversed(self._settled) if each.request == request), None)
-        for book in self._devices.values():
-            book.look()
         return self._attribution(known, settled=False, at=at)
 
     def _attribution(self, request: Request, *, settled: bool, at: Nanoseconds | None = None) -> Attribution:
@@ -422,9 +445,9 @@ class Ledger:
         backend = self._backend(request.backend)
         idle = backend.devices if backend.reports else {}
         return {
-            name: book.share(request.slot, settled=settled)
+            name: book.share(request.slot, settled=settled, lost_ratio=backend.lost_ratio(request))
             for name, book in self._devices.items()
-            if book.settled_until is not None and (book.tallies.touched(request.slot) or name in idle)
+            if book.settled_until is not None and (book.touched(request.slot) or name in idle)
         }
 
     def _method(self, request: Request, devices: dict[str, DeviceShare]) -> Method:

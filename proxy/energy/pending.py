@@ -1,6 +1,7 @@
 """The steps on one device that no settled window has consumed yet, column-wise: a window costs no Python loop."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,40 +10,80 @@ from proxy.energy.events import Step
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+#: The columns of `Steps.sums`.
+PARTICIPANTS, TOKENS, ATTENTION, CONTEXT = range(4)
+
+
+class Alone(NamedTuple):
+    """A step with one participant."""
+
+    backend: int
+    started: int
+    ended: int
+    tokens: float
+    context: float
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds."""
+    """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
+
+    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
+    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
+    """
 
     backend: Ints
     started: Ints
     ended: Ints
-    count: Ints
+    sums: Floats
     owner: Ints
     slot: Ints
     tokens: Floats
     contexts: Floats
-    predicted: Floats  # microjoules, as the cost model priced the entry when it came in
+    attention: Floats
+    predicted: Floats  # microjoules, as the cost model prices the entry
 
     def __len__(self) -> int:
         return len(self.backend)
+
+    @property
+    def count(self) -> Floats:
+        """Participants of each step."""
+        return self.sums[:, PARTICIPANTS]
 
     def overlap(self, start: int, end: int) -> Ints:
         """Nanoseconds that each step spent between `start` and `end`."""
         overlap: Ints = np.maximum(np.minimum(self.ended, end) - np.maximum(self.started, start), 0)
         return overlap
 
-    def where(self, chosen: npt.NDArray[np.bool_]) -> "Steps":
-        """Only the chosen steps, with their entries."""
-        if chosen.all():
+    def where(self, chosen: Bools) -> "Steps":
+        """Only the chosen steps, with their entries. A view, where they follow one another."""
+        places = np.flatnonzero(chosen)
+        if len(places) == len(self):
             return self
-        entries = chosen[self.owner]
-        renumbered = np.cumsum(chosen) - 1
+        if not len(places):
+            return NO_STEPS
+        first, last = int(places[0]), int(places[-1])
+        return self._run(first, last + 1) if last - first + 1 == len(places) else self._picked(chosen)
+
+    def _run(self, first: int, end: int) -> "Steps":
+        begin, finish = self.owner.searchsorted((first, end)).tolist()
+        steps, entries = slice(first, end), slice(begin, finish)
         return Steps(
-            self.backend[chosen], self.started[chosen], self.ended[chosen], self.count[chosen],
+            self.backend[steps], self.started[steps], self.ended[steps], self.sums[steps],
+            self.owner[entries] - first, self.slot[entries], self.tokens[entries], self.contexts[entries],
+            self.attention[entries], self.predicted[entries],
+        )  # fmt: skip
+
+    def _picked(self, steps: Bools) -> "Steps":
+        entries = steps[self.owner]
+        renumbered = np.cumsum(steps) - 1
+        return Steps(
+            self.backend[steps], self.started[steps], self.ended[steps], self.sums[steps],
             renumbered[self.owner[entries]], self.slot[entries], self.tokens[entries], self.contexts[entries],
-            self.predicted[entries],
+            self.attention[entries], self.predicted[entries],
         )  # fmt: skip
 
     def per_step(self, entries: Floats) -> Floats:
@@ -55,14 +96,17 @@ def _ints(values: list[int]) -> Ints:
 
 
 _NONE, _NOTHING = _ints([]), np.zeros(0)
-NO_STEPS = Steps(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING)
+NO_STEPS = Steps(
+    _NONE, _NONE, _NONE, np.zeros((0, 4)), _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING, _NOTHING
+)  # fmt: skip
 
 
 class PendingSteps:
     """Appends cheaply to lists; turns them into arrays only when somebody looks."""
 
     def __init__(self) -> None:
-        self._steps = NO_STEPS
+        self.steps = NO_STEPS
+        """All that have joined and were not dropped."""
         self._clear()
 
     def _clear(self) -> None:
@@ -84,36 +128,51 @@ class PendingSteps:
         self._tokens.extend(step.tokens or (0,))
         self._contexts.extend(step.contexts or (0,))
 
+    def has_new(self, slot: int) -> bool:
+        """Whether a step that was not taken yet names this slot."""
+        return slot in self._slot
+
+    def new_alone(self, slot: int) -> list[Alone] | None:
+        """The steps of this slot that were not taken yet, if all such steps have one participant; else None."""
+        if len(self._slot) != len(self._count):
+            return None
+        found, place = list[Alone](), -1
+        for _ in range(self._slot.count(slot)):
+            place = self._slot.index(slot, place + 1)
+            columns = self._backend, self._started, self._ended, self._tokens, self._contexts
+            found.append(Alone(*(column[place] for column in columns)))
+        return found
+
     def take_new(self) -> Steps:
         """The steps added since the last call; `join` is to put them to the others."""
         if not self._backend:
             return NO_STEPS
-        count = _ints(self._count)
+        tokens, contexts = np.array(self._tokens, dtype=np.float64), np.array(self._contexts, dtype=np.float64)
+        owner = np.repeat(np.arange(len(self._count)), self._count)
+        attention = tokens * np.maximum(contexts - (tokens - 1) / 2, 0.0)
+        sums = np.empty((len(self._count), 4))
+        sums[:, PARTICIPANTS] = self._count
+        for place, column in enumerate((tokens, attention, contexts), start=1):
+            sums[:, place] = np.bincount(owner, weights=column)
         new = Steps(
-            _ints(self._backend), _ints(self._started), _ints(self._ended), count,
-            np.repeat(np.arange(len(count)), count), _ints(self._slot),
-            np.array(self._tokens, dtype=np.float64), np.array(self._contexts, dtype=np.float64),
-            np.zeros(len(self._slot)),
+            _ints(self._backend), _ints(self._started), _ints(self._ended), sums,
+            owner, _ints(self._slot), tokens, contexts, attention, np.zeros(len(owner)),
         )  # fmt: skip
         self._clear()
         return new
 
     def join(self, new: Steps) -> None:
-        self._steps = _joined(self._steps, new)
-
-    @property
-    def steps(self) -> Steps:
-        """All that have joined and were not dropped."""
-        return self._steps
+        self.steps = _joined(self.steps, new)
 
     def drop_until(self, time: int) -> None:
         """Forget steps that ended by `time`."""
-        self._steps = self._steps.where(self._steps.ended > time)
+        self.steps = self.steps.where(self.steps.ended > time)
 
     def disown(self, slot: int, heir: int) -> None:
         """Give what is left of a request's work to another account."""
-        self._steps.slot[self._steps.slot == slot] = heir
-        self._slot = [heir if each == slot else each for each in self._slot]
+        self.steps.slot[self.steps.slot == slot] = heir
+        if slot in self._slot:
+            self._slot = [heir if each == slot else each for each in self._slot]
 
 
 def _joined(first: Steps, second: Steps) -> Steps:
@@ -122,7 +181,8 @@ def _joined(first: Steps, second: Steps) -> Steps:
     join = np.concatenate
     return Steps(
         join((first.backend, second.backend)), join((first.started, second.started)),
-        join((first.ended, second.ended)), join((first.count, second.count)),
+        join((first.ended, second.ended)), join((first.sums, second.sums)),
         join((first.owner, second.owner + len(first))), join((first.slot, second.slot)),
-        join((first.tokens, second.tokens)), join((first.contexts, second.contexts)), join((first.predicted, second.predicted)),
+        join((first.tokens, second.tokens)), join((first.contexts, second.contexts)),
+        join((first.attention, second.attention)), join((first.predicted, second.predicted)),
     )  # fmt: skip

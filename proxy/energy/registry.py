@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,12 @@ _REMEMBERED = 10_000
 PROXY_BACKEND, PROXY_INDEX = "proxy", 0
 
 
+class Columns(Protocol):
+    """Something with an entry for each slot."""
+
+    def grow(self, capacity: int) -> None: ...
+
+
 @dataclass(slots=True)
 class Request:
     """A request (or attempt) between its opening and its settlement. `rank` is the worst of its sources so far."""
@@ -30,7 +37,7 @@ class Request:
     finished: Nanoseconds | None = None
     outcome: Outcome = "unfinished"
     rank: int = 0
-    reports_lost: bool = False
+    reports_before: tuple[int, int] = (0, 0)  # of its backend when it began: received, lost
 
 
 class Registry:
@@ -39,10 +46,13 @@ class Registry:
     def __init__(self) -> None:
         self.open: dict[str, Request] = {}
         self.slots: dict[str, int] = {"": UNATTRIBUTED}
+        self.version = 0
+        """Changes when a slot does."""
+        self._followers: list[Columns] = []
         self._free: list[int] = []
         self._settled: OrderedDict[str, None] = OrderedDict()
         self.capacity = 64
-        self._used = 1
+        self.used = 1
         self.started = np.full(self.capacity, FOREVER, dtype=np.int64)
         self.ended = np.full(self.capacity, FOREVER, dtype=np.int64)
 
@@ -53,6 +63,7 @@ class Registry:
         slot = self._free.pop() if self._free else self._next_slot()
         opened = Request(request, backend, slot, at, announced)
         self.open[request], self.slots[request] = opened, slot
+        self.version += 1
         self.started[slot], self.ended[slot] = at, FOREVER
         return opened
 
@@ -63,6 +74,7 @@ class Registry:
     def forget(self, request: Request) -> None:
         """The request has settled: its slot is free, its id remembered for a while."""
         del self.open[request.request], self.slots[request.request]
+        self.version += 1
         self.started[request.slot] = FOREVER
         self._free.append(request.slot)
         self._settled[request.request] = None
@@ -71,19 +83,25 @@ class Registry:
 
     def presence(self, start: int, end: int) -> npt.NDArray[np.float64]:
         """The part of the span from `start` to `end` in which each slot's request was open."""
-        used = self._used
+        used = self.used
         overlap = np.minimum(self.ended[:used], end) - np.maximum(self.started[:used], start)
         present: npt.NDArray[np.float64] = np.maximum(overlap, 0) / (end - start)
         return present
 
     def _next_slot(self) -> int:
-        slot = self._used
-        self._used += 1
+        slot = self.used
+        self.used += 1
         if slot == self.capacity:
             self.capacity *= 2
             self.started = grown(self.started, self.capacity, FOREVER)
             self.ended = grown(self.ended, self.capacity, FOREVER)
+            for columns in self._followers:
+                columns.grow(self.capacity)
         return slot
+
+    def follow(self, columns: Columns) -> None:
+        """These columns, by slot, are to grow with the registry."""
+        self._followers.append(columns)
 
 
 def grown(column: npt.NDArray[np.int64], capacity: int, fill: int) -> npt.NDArray[np.int64]:

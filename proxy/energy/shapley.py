@@ -15,7 +15,7 @@ import numpy as np
 from proxy.energy.pending import Floats, Ints
 
 
-def roofline_shares(compute: Floats, memory: Floats, fixed: float, owner: Ints, count: Ints) -> Floats:
+def roofline_shares(compute: Floats, memory: Floats, fixed: float, owner: Ints, count: Floats) -> Floats:
     """Each participant's part of `max(Σ compute, fixed + Σ memory)` of its step.
 
     `compute` and `memory` are per participant (seconds, or any one unit), `owner` says which step each belongs to, and

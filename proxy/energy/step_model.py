@@ -9,8 +9,7 @@ chunk's early tokens see less). A step of n participants takes and uses
 in seconds and joules. `docs/cost-model.md` says where the coefficients come from.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from proxy.energy.shapley import roofline_shares
 DURATION = ("launch", "launch_sequence", "compute_token", "compute_attention", "memory_step", "memory_context")
 ENERGY = ("step", "sequence", "token", "attention", "context", "static_watts")
 
-#: A step at which a machine turns from memory- to compute-bound, in tokens, where nothing tells (accelerators: 150-300).
+#: The tokens at which a step turns from memory- to compute-bound, where nothing tells (accelerators: 150-300).
 _KNEE = 200.0
 #: Of an unknown model: context tokens that cost as much memory traffic as the weights, and as much compute as a token.
 _MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
@@ -29,26 +28,9 @@ _MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
 _DOUBT_LEARNT, _DOUBT_PRIOR, _DOUBT_GUESS = 0.1, 0.4, 1.0
 _DURATION_HORIZON = 20_000.0
 _DURATION_SIGMA = 0.05
+_EAGER_STEPS = 200
 #: So many windows make coefficients that were learnt worth more than a prior.
 _LEARNT_WINDOWS = 100.0
-
-
-class Work(NamedTuple):
-    """Some steps' work: per participant tokens, attention (t·s) and context; per step their sums and the count."""
-
-    steps: Steps
-    attention: Floats
-    sums: Floats  # (steps, 4): participants, tokens, attention, context
-
-
-def work_of(steps: Steps) -> Work:
-    attention = steps.tokens * np.maximum(steps.contexts - (steps.tokens - 1) / 2, 0.0)
-    columns = (steps.tokens, attention, steps.contexts)
-    sums = np.empty((len(steps), 4))
-    sums[:, 0] = steps.count
-    for column, values in enumerate(columns, start=1):
-        sums[:, column] = np.bincount(steps.owner, weights=values, minlength=len(steps))
-    return Work(steps, attention, sums)
 
 
 class StepModel:
@@ -59,7 +41,7 @@ class StepModel:
         self.energy_prior: Floats | None = None
         self.energy_doubt = np.full(len(ENERGY), _DOUBT_GUESS)
         self.windows = 0.0
-        self.off, self.used = 0.0, 0.0  # joules recently mispredicted, of joules
+        self.error, self.spans = 1.0, 0  # of the energy predicted for spans of about a second, relative to it
         if coefficients:
             self._recall(coefficients)
 
@@ -74,24 +56,25 @@ class StepModel:
 
     # --- durations ---
 
-    def learn_durations(self, work: Work) -> None:
+    def learn_durations(self, steps: Steps) -> None:
         """From steps' own timestamps. Steps of other backends at the same time stretch them: those do not fit."""
-        seconds = (work.steps.ended - work.steps.started) / 1e9
+        seconds = (steps.ended - steps.started) / 1e9
         if self.seconds is None:
             guess = _duration_guess(1.0)
-            scale = float(np.median(seconds / self._roofline(work.sums, guess)))
+            scale = float(np.median(seconds / self._roofline(steps.sums, guess)))
             self.seconds = OnlineFit(guess * scale, np.full(len(DURATION), _DOUBT_GUESS), _DURATION_HORIZON)
-        features = self._duration_features(work.sums, self.seconds.coefficients)
+        features = self._duration_features(steps.sums, self.seconds.coefficients)
         self.seconds.add(features, seconds, _DURATION_SIGMA * seconds)
-        self.seconds.solve()
+        if self.seconds.rows < _EAGER_STEPS:
+            self.seconds.solve()
 
     @property
     def duration(self) -> Floats:
         return self.seconds.coefficients if self.seconds is not None else _duration_guess(1.0)
 
-    def durations(self, work: Work) -> Floats:
+    def durations(self, steps: Steps) -> Floats:
         """Predicted seconds of each step."""
-        return self._roofline(work.sums, self.duration)
+        return self._roofline(steps.sums, self.duration)
 
     @staticmethod
     def _roofline(sums: Floats, c: Floats) -> Floats:
@@ -112,12 +95,12 @@ class StepModel:
 
     # --- energies ---
 
-    def energy_features(self, work: Work) -> Floats:
+    def energy_features(self, steps: Steps) -> Floats:
         """(steps, energy coefficients): a step's joules are this times the coefficients."""
-        features = np.empty((len(work.sums), len(ENERGY)))
+        features = np.empty((len(steps.sums), len(ENERGY)))
         features[:, 0] = 1.0
-        features[:, 1:5] = work.sums
-        features[:, 5] = self.durations(work)
+        features[:, 1:5] = steps.sums
+        features[:, 5] = self.durations(steps)
         return features
 
     def guess_energy(self, watts: float, typical: Floats) -> Floats:
@@ -135,15 +118,23 @@ class StepModel:
             joules * d[4], 0.1 * watts * d[1] + 1e-9 * watts, joules * d[2], joules * d[3], joules * d[5], 0.4 * watts
         ])  # fmt: skip
 
-    def price(self, work: Work, energy: Floats) -> Floats:
+    def price_alone(self, tokens: float, context: float, energy: Sequence[float]) -> float:
+        """Joules of a step with one participant, without any array: its share is all of it."""
+        d: list[float] = self.duration.tolist()
+        attention = tokens * max(context - (tokens - 1) / 2, 0.0)
+        seconds = d[0] + d[1] + max(d[2] * tokens + d[3] * attention, d[4] + d[5] * context)
+        work = energy[2] * tokens + energy[3] * attention + energy[4] * context
+        return energy[0] + energy[1] + work + energy[5] * seconds
+
+    def price(self, steps: Steps, energy: Floats) -> Floats:
         """Joules of each participant: its Shapley value of its step's energy."""
-        steps, d = work.steps, self.duration
-        compute = d[2] * steps.tokens + d[3] * work.attention
+        d = self.duration
+        compute = d[2] * steps.tokens + d[3] * steps.attention
         roof = roofline_shares(compute, d[5] * steps.contexts, d[4], steps.owner, steps.count)
         per_step = (energy[0] + energy[5] * d[0]) / steps.count
         own = energy[1] + energy[5] * d[1] + energy[2] * steps.tokens
         joules: Floats = per_step[steps.owner] + own
-        joules += energy[3] * work.attention + energy[4] * steps.contexts + energy[5] * roof
+        joules += energy[3] * steps.attention + energy[4] * steps.contexts + energy[5] * roof
         return joules
 
 

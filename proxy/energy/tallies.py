@@ -1,42 +1,66 @@
 """What each open request has got of one device so far, by slot."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-from proxy.energy.registry import NEVER, grown
+from proxy.energy.pending import Floats
+from proxy.energy.registry import FOREVER, NEVER, grown
+
+
+class Tally(NamedTuple):
+    """One row of the columns below."""
+
+    active: int
+    first_start: int
+    last_end: int
+    idle_part: float
+    meanwhile: float
+    split: float
+    noise: float
+    awaited: float
+    lost: float
 
 
 class Tallies:
     """Columns by slot. Energies are microjoules; only `active` is exact, the others describe it.
 
     `idle_part`: its equal part of the idle power while its steps ran. `meanwhile`: all the device used while it was
-    open. `doubt`: the half-width of the interval, what is correlated between windows; `noise`: the sum of squares of
-    what is not. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
-    came too late. `last_end`: when its last step on this device ended.
+    open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do
+    not explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
+    came too late. `first_start`, `last_end`: of its steps on this device.
     """
 
-    FLOATS = ("idle_part", "meanwhile", "doubt", "noise", "awaited", "lost")
+    FLOATS = ("idle_part", "meanwhile", "split", "noise", "awaited", "lost")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.active = np.zeros(capacity, dtype=np.int64)
+        self.first_start = np.full(capacity, FOREVER, dtype=np.int64)
         self.last_end = np.full(capacity, NEVER, dtype=np.int64)
-        self.idle_part, self.meanwhile, self.doubt, self.noise, self.awaited, self.lost = np.zeros((6, capacity))
+        self._name(np.zeros((len(self.FLOATS), capacity)))
+
+    def _name(self, floats: Floats) -> None:
+        self._floats = floats
+        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats
 
     def grow(self, capacity: int) -> None:
-        if capacity <= self.capacity:
-            return
         self.active = grown(self.active, capacity, 0)
+        self.first_start = grown(self.first_start, capacity, FOREVER)
         self.last_end = grown(self.last_end, capacity, NEVER)
-        for name in self.FLOATS:
-            column = np.zeros(capacity)
-            column[: self.capacity] = getattr(self, name)
-            setattr(self, name, column)
+        longer = np.zeros((len(self.FLOATS), capacity))
+        longer[:, : self.capacity] = self._floats
+        self._name(longer)
         self.capacity = capacity
 
     def clear(self, slot: int) -> None:
-        self.active[slot], self.last_end[slot] = 0, NEVER
-        for name in self.FLOATS:
-            getattr(self, name)[slot] = 0.0
+        self.active[slot], self.first_start[slot], self.last_end[slot] = 0, FOREVER, NEVER
+        self._floats[:, slot] = 0.0
+
+    def of(self, slot: int) -> Tally:
+        """One request's figures."""
+        exact = int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot])
+        return Tally(*exact, *self._floats[:, slot].tolist())
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from proxy.energy.errors import EventError
 from proxy.energy.events import Sample
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
+from proxy.energy.ticks import TickClock
 
 #: Beyond this a reading is not a plausible energy or time (and would not fit 64 bits when added up).
 LIMIT = 1 << 61
@@ -18,12 +19,16 @@ LIMIT = 1 << 61
 class Window:
     """`energy` was used between `start` and `end`, whose instants are known to within the slacks before them.
 
+    The counter showed it between `ticked_start` and `ticked_end`, which is later by the meter's lag.
+
     A `hole` is a span whose energy no one knows (the counter was reset in it): its energy is 0, and it teaches nothing.
     """
 
     start: Nanoseconds
     end: Nanoseconds
     energy: Microjoules
+    ticked_start: Nanoseconds
+    ticked_end: Nanoseconds
     start_slack: int = 0
     end_slack: int = 0
     hole: bool = False
@@ -43,7 +48,11 @@ class Timeline:
         self.stale_samples = 0
         self._energy = Microjoules(0)
         self._changed_at = Nanoseconds(0)
+        self._ticked_at = Nanoseconds(0)
         self._slack = 0
+        self.lag = 0
+        self._seen_unchanged = False
+        self._clock = TickClock()
 
     @property
     def started(self) -> bool:
@@ -53,6 +62,11 @@ class Timeline:
     def changed_at(self) -> Nanoseconds:
         """The end of the last window, where the open tail begins."""
         return self._changed_at
+
+    @property
+    def instant_error(self) -> float:
+        """Nanoseconds by which the end of a window may be off."""
+        return self._clock.error
 
     def add(self, sample: Sample) -> Window | None:
         """The window that this sample closes, if it does. Raises EventError for a reading that cannot be."""
@@ -64,20 +78,25 @@ class Timeline:
         if sample.at <= self.last_sample_at:
             self.stale_samples += 1
             return None
-        slack = sample.at - self.last_sample_at
-        self.last_sample_at = sample.at
+        before, self.last_sample_at = self.last_sample_at, sample.at
         self.power = sample.power
-        return None if sample.energy == self._energy else self._close(sample, slack)
+        if sample.energy == self._energy:
+            self._seen_unchanged = True
+            return None
+        return self._close(sample, before)
 
     def _begin(self, sample: Sample) -> None:
-        self._energy, self._changed_at = sample.energy, sample.at
+        self._energy, self._changed_at, self._ticked_at = sample.energy, sample.at, sample.at
         self.last_sample_at, self.power = sample.at, sample.power
 
-    def _close(self, sample: Sample, slack: int) -> Window:
+    def _close(self, sample: Sample, before: Nanoseconds) -> Window:
+        ticked = Nanoseconds(self._clock.changed(before, sample.at, resolved=self._seen_unchanged))
+        end, slack = max(Nanoseconds(ticked - self.lag), Nanoseconds(self._changed_at + 1)), sample.at - before
         rise = Microjoules(max(sample.energy - self._energy, 0))  # a drop is a new epoch: nobody knows what it hid
         hole = sample.energy < self._energy
-        # A poll that follows another change directly says nothing of when, between the two, the counter moved.
-        window = Window(self._changed_at, sample.at, rise, self._slack, slack, hole)
+        window = Window(self._changed_at, end, rise, self._ticked_at, ticked, self._slack, slack, hole)
+        self._ticked_at = ticked
         self.counter = Microjoules(self.counter + rise)
-        self._energy, self._changed_at, self._slack = sample.energy, sample.at, slack
+        self._energy, self._changed_at, self._slack = sample.energy, end, slack
+        self._seen_unchanged = False
         return window

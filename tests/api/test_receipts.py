@@ -16,12 +16,10 @@ from proxy.api.receipts import (
     receipt_object,
     stream_head_headers,
 )
-from proxy.energy.carbon import Equivalents, Intensity
-from proxy.energy.quantities import Grams, GramsPerKilowattHour, Microjoules, Seconds
-from proxy.energy.receipt import Figures, Parts, Receipt, Request, Tokens
+from proxy.energy.quantities import Microjoules, Seconds
+from proxy.energy.receipt import Tokens
+from tests.receipts import FRANCE, ID, example, unavailable
 
-ID = "0123456789abcdef0123456789abcdef"
-FRANCE = Intensity(GramsPerKilowattHour(56.0), zone="FRA", source="codecarbon", as_of="2023")
 EXAMPLE = f"""
 {{"object":"energy.receipt","id":"{ID}","client_request_id":null,"status":"provisional","outcome":"completed",
  "model":"chat","task":"chat",
@@ -36,36 +34,6 @@ EXAMPLE = f"""
  "water_millilitres":null,
  "equivalents":{{"smartphone_charges":0.000156,"car_metres":0.000795,"web_searches_2009":0.0114}}}}
 """
-
-
-def example() -> Receipt:
-    figures = Figures(
-        parts=Parts(Microjoules(10_100_000), Microjoules(2_240_000), Microjoules(0), Microjoules(0)),
-        low=Microjoules(11_900_000),
-        high=Microjoules(12_800_000),
-        marginal=Microjoules(9_100_000),
-        full=Microjoules(13_000_000),
-        accuracy_ratio=0.05,
-        method="measured-steps",
-        meters={"gpu:0": "nvml-counter", "host": "rapl"},
-        attribution_ratio=0.21,
-        operational=Grams(0.000192),
-        equivalents=Equivalents(0.000156, 0.000795, 0.0114),
-    )
-    return Receipt(
-        request=Request(ID, model="chat", task="chat", endpoint="/v1/chat/completions", created=1_700_000_000.0),
-        status="provisional",
-        outcome="completed",
-        duration=Seconds(0.41),
-        tokens=Tokens(prompt=12, completion=40),
-        boundary="node",
-        intensity=FRANCE,
-        figures=figures,
-    )
-
-
-def unavailable() -> Receipt:
-    return dataclasses.replace(example(), status="unavailable", figures=None)
 
 
 def test_the_object_of_the_design_is_reproduced_keys_in_order() -> None:

@@ -1,0 +1,321 @@
+"""The accountant: joins what the ledger divides with what the proxy knows of each request.
+
+Everything here runs on the event loop; the sampler's thread hands its events over before they arrive. Requests become
+tickets, attempts upstream become ledger accounts, and settled shares become receipts that go to the sinks (the store,
+the metrics). What is kept in memory is bounded by what is open, plus a fixed number of recent receipts.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from backends.steps import StepReport
+from proxy.energy.attribution import Attribution, Method
+from proxy.energy.events import UNKNOWN_REQUEST, Device, Event, Finish, Loss, Outcome, Source, Start, Step
+from proxy.energy.ledger import EventError, Ledger
+from proxy.energy.quantities import Nanoseconds
+from proxy.energy.receipt import HOST, Accounting, Receipt, Request, Tokens, receipt
+
+log = logging.getLogger("joulegate.accounting")
+
+#: The name under which the proxy's own CPU time is divided among the requests in flight.
+PROXY = "proxy"
+_RECENT_RECEIPTS = 1_000
+#: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
+_STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
+
+
+class ReceiptSink(Protocol):
+    """Takes receipts as they settle; `provisional` is what the client was told before, if it was told anything."""
+
+    def settled(self, receipt: Receipt, provisional: Receipt | None) -> None: ...
+
+    def still_provisional(self, receipt: Receipt) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a receipt's method and meter will be if nothing fails; None where there is no meter for it."""
+
+    method: Method | None
+    meter: str | None
+
+
+def now() -> Nanoseconds:
+    return Nanoseconds(time.monotonic_ns())
+
+
+class Ticket:
+    """One request's place in the books: its attempts upstream, and its receipt when it is done."""
+
+    __slots__ = (
+        "_accountant",
+        "_shares",
+        "attempts",
+        "finished_at",
+        "measurable",
+        "provisional",
+        "request",
+        "stored",
+        "tokens",
+    )
+
+    def __init__(self, accountant: "Accountant", request: Request) -> None:
+        self._accountant = accountant
+        self._shares: dict[str, Attribution] = {}
+        self.request = request
+        self.attempts: list[str] = []
+        self.tokens = Tokens()
+        self.measurable = True
+        self.provisional: Receipt | None = None
+        self.finished_at: Nanoseconds | None = None
+        self.stored = False
+
+    def attempt(self, backend: str) -> str:
+        """Begin an attempt on `backend`; returns the id that goes upstream as `X-Request-Id`."""
+        number = len(self.attempts)
+        attempt = self.request.id if number == 0 else f"{self.request.id}.{number}"
+        self.attempts.append(attempt)
+        self._accountant.begin(self, attempt, backend)
+        return attempt
+
+    def fail_attempt(self) -> None:
+        """The last attempt failed and another will be made: what it burnt counts as wasted."""
+        self._accountant.apply(Finish(self.attempts[-1], now(), "failed"))
+
+    def finish(self, outcome: Outcome, tokens: Tokens) -> Receipt:
+        """End the request and return its receipt as far as it is known now."""
+        self.tokens = tokens
+        self.finished_at = now()
+        self._accountant.end(self, outcome)
+        self.provisional = self.receipt()
+        return self.provisional
+
+    def take(self, share: Attribution) -> bool:
+        """Note a settled attempt; True when the whole receipt is settled."""
+        self._shares[share.request] = share
+        return self.finished_at is not None and len(self._shares) == len(self.attempts)
+
+    def receipt(self) -> Receipt:
+        shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
+        known = [share if self.measurable else replace(share, devices={}) for share in shares if share is not None]
+        return receipt(self.request, known, self.tokens, self._accountant.terms)
+
+
+class Accountant:
+    """All events go through here, to the ledger and to the recording; settled shares come out as receipts.
+
+    `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one).
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        terms: Accounting,
+        places: Mapping[str, tuple[str, ...]],
+        sinks: Sequence[ReceiptSink] = (),
+        record: Callable[[Sequence[Event]], None] | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self.terms = terms
+        self._places = places
+        self._sinks = sinks
+        self._record = record
+        self._devices: dict[str, Device] = dict(terms.devices)
+        self._tickets: dict[str, Ticket] = {}
+        self._in_flight: dict[str, bool] = {}
+        self._finished_since: dict[str, bool] = {}
+        self._unsettled: OrderedDict[str, Ticket] = OrderedDict()
+        self._recent: OrderedDict[str, Receipt] = OrderedDict()
+        self._waiting: dict[str, list[asyncio.Future[Receipt]]] = {}
+        self._proxy_until = now()
+        self.refused_events = 0
+        self.reports: Counter[str] = Counter()
+        self.reports_lost: Counter[str] = Counter()
+
+    # requests
+
+    def open(self, request: Request) -> Ticket:
+        return Ticket(self, request)
+
+    def begin(self, ticket: Ticket, attempt: str, backend: str) -> None:
+        ticket.measurable = self._measurable(backend)
+        self._tickets[attempt] = ticket
+        self._in_flight[attempt] = ticket.measurable
+        self._unsettled[ticket.request.id] = ticket
+        self.apply(Start(attempt, now(), backend))
+
+    def end(self, ticket: Ticket, outcome: Outcome) -> None:
+        for attempt in ticket.attempts:
+            if attempt in self._in_flight:
+                self._finished_since[attempt] = self._in_flight.pop(attempt)
+        self.apply(Finish(ticket.attempts[-1], ticket.finished_at or now(), outcome))
+
+    def share(self, attempt: str) -> Attribution | None:
+        return self._ledger.attribution(attempt, now())
+
+    def expectation(self, backend: str, *, reports_steps: bool) -> Expectation:
+        """The provenance to announce before any energy is known."""
+        places = [place for place in self._places.get(backend, ()) if self.terms.within(place)]
+        devices = [self._devices[place] for place in places if place in self._devices]
+        if not devices or not self._measurable(backend):
+            return Expectation(None, None)
+        measured: Method = "measured-steps" if reports_steps else "measured-tokens"
+        method = "estimated" if all(device.estimated for device in devices) else measured
+        return Expectation(method, "+".join(dict.fromkeys(device.meter for device in devices)))
+
+    # events
+
+    def apply(self, event: Event) -> None:
+        """Give one event to the ledger; one that it refuses is logged and harms nothing else."""
+        try:
+            self._ledger.apply(event)
+        except EventError as error:
+            self.refused_events += 1
+            log.warning("the ledger refused an event: %s", error)
+            return
+        if self._record is not None:
+            self._record((event,))
+
+    def observe(self, events: Iterable[Event]) -> None:
+        """Take what the meters said, after the proxy's own work until now, and settle what can be settled."""
+        self._charge_proxy()
+        for event in events:
+            if isinstance(event, Device):
+                self._devices[event.device] = event
+                self.terms = replace(self.terms, devices=dict(self._devices))
+            self.apply(event)
+        self._ledger.advance(now())
+        self._settle()
+
+    def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
+        """Take step reports of a backend; participants whose id is not ours become unattributed in the ledger."""
+        for report in reports:
+            self.reports[backend] += 1
+            devices = self._metered(backend, report.devices)
+            if devices:
+                self.apply(
+                    Step(
+                        backend,
+                        devices,
+                        Nanoseconds(report.started),
+                        Nanoseconds(report.ended),
+                        report.requests,
+                        report.tokens,
+                        report.contexts,
+                    )
+                )
+
+    def virtual_step(
+        self, backend: str, attempt: str, started: Nanoseconds, ended: Nanoseconds, tokens: int, context: int
+    ) -> None:
+        """Take a step that the relay inferred from what it forwarded; 0 tokens mean that the work is not known."""
+        devices = self._metered(backend, self._places.get(backend, ()))
+        if devices and ended > started:
+            source: Source = "relay"
+            self.apply(Step(backend, devices, started, ended, (attempt,), (tokens,), (context,), source))
+
+    def lost(self, backend: str, reports: int) -> None:
+        self.reports_lost[backend] += reports
+        self.apply(Loss(backend, reports))
+
+    # receipts
+
+    def receipt(self, id: str) -> Receipt | None:
+        """A receipt that is open, unsettled or recent; None where only the store may know."""
+        ticket = self._unsettled.get(id)
+        if ticket is not None:
+            return ticket.receipt()
+        return self._recent.get(id)
+
+    async def settled_receipt(self, id: str, within: float) -> Receipt | None:
+        """Wait until a receipt is settled, `within` seconds at most; then whatever is known."""
+        if id not in self._unsettled:
+            return self._recent.get(id)
+        future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(id, []).append(future)
+        try:
+            return await asyncio.wait_for(future, within)
+        except TimeoutError:
+            return self.receipt(id)
+        finally:
+            self._stop_waiting(id, future)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    @property
+    def unsettled(self) -> int:
+        """How many requests are open or not settled yet."""
+        return len(self._unsettled)
+
+    def close(self) -> None:
+        """The end: settle everything with what was measured."""
+        self._charge_proxy()
+        self._ledger.close()
+        self._settle()
+
+    # within
+
+    def _measurable(self, backend: str) -> bool:
+        """Whether every device that this backend works on has a meter: half a figure would be a false one."""
+        places = self._places.get(backend, ())
+        accelerators = [place for place in places if place != HOST]
+        return bool(places) and all(place in self._devices for place in accelerators or places)
+
+    def _metered(self, backend: str, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if HOST not in devices and HOST in self._places.get(backend, ()):
+            devices = (*devices, HOST)
+        return tuple(device for device in devices if device in self._devices)
+
+    def _charge_proxy(self) -> None:
+        """The proxy's own work on the host since the last time, shared equally by the requests in flight."""
+        started, self._proxy_until = self._proxy_until, now()
+        present = {**self._in_flight, **self._finished_since}
+        self._finished_since.clear()
+        if not present or HOST not in self._devices:
+            return
+        ids = [attempt if measurable else UNKNOWN_REQUEST for attempt, measurable in present.items()]
+        ones = [1] * len(ids)
+        self.apply(Step(PROXY, (HOST,), started, self._proxy_until, ids, ones, [0] * len(ids), "relay"))
+
+    def _settle(self) -> None:
+        for share in self._ledger.drain():
+            ticket = self._tickets.pop(share.request, None)
+            if ticket is not None and ticket.take(share):
+                self._complete(ticket)
+        self._store_the_slow()
+
+    def _complete(self, ticket: Ticket) -> None:
+        final = ticket.receipt()
+        self._unsettled.pop(final.request.id, None)
+        self._recent[final.request.id] = final
+        if len(self._recent) > _RECENT_RECEIPTS:
+            self._recent.popitem(last=False)
+        for sink in self._sinks:
+            sink.settled(final, ticket.provisional)
+        for future in self._waiting.pop(final.request.id, ()):
+            if not future.done():
+                future.set_result(final)
+
+    def _store_the_slow(self) -> None:
+        horizon = now() - _STORE_PROVISIONAL_AFTER
+        for ticket in self._unsettled.values():
+            if ticket.finished_at is None or ticket.stored:
+                continue
+            if ticket.finished_at < horizon:
+                ticket.stored = True
+                for sink in self._sinks:
+                    sink.still_provisional(ticket.receipt())
+
+    def _stop_waiting(self, id: str, future: "asyncio.Future[Receipt]") -> None:
+        waiting = self._waiting.get(id)
+        if waiting and future in waiting:
+            waiting.remove(future)
+            if not waiting:
+                del self._waiting[id]

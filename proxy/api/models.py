@@ -1,0 +1,39 @@
+"""`/v1/models`: what is served here."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from proxy.api.context import Context, context
+from proxy.routing.registry import ServedModel, unknown_model
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+Here = Annotated[Context, Depends(context)]
+
+
+@router.get("", summary="List the models")
+async def list_models(here: Here) -> dict[str, Any]:
+    data = [_row(model, here) for model in here.registry.models.values()]
+    return {"object": "list", "data": data, "has_more": False}
+
+
+@router.get("/{model:path}", summary="One model")
+async def retrieve_model(model: str, here: Here) -> dict[str, Any]:
+    found = here.registry.models.get(model)
+    if found is None:
+        raise unknown_model(model, here.registry.models)
+    return _row(found, here)
+
+
+def _row(model: ServedModel, here: Context) -> dict[str, Any]:
+    """OpenAI's model object, and beside its fields what serves it and whether it can now."""
+    name = model.spec.name
+    return {
+        "id": name,
+        "object": "model",
+        "created": here.started,
+        "owned_by": "joulegate",
+        "backend": model.spec.kind,
+        "tasks": list(model.tasks),
+        "ready": name not in here.registry.missing(),
+    }

@@ -1,0 +1,38 @@
+"""What operators and their tools ask: is it alive, can it serve, its metrics."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from proxy.api.context import Context, context
+from proxy.errors import NotFound
+
+router = APIRouter(tags=["operations"])
+Here = Annotated[Context, Depends(context)]
+
+
+@router.get("/health", summary="Alive")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/ready", summary="Whether every configured model can serve", responses={503: {"description": "Not yet"}})
+async def ready(here: Here) -> JSONResponse:
+    missing = here.registry.missing()
+    if missing:
+        body = {"status": "not ready", "missing": missing}
+        return JSONResponse(body, 503, headers={"Retry-After": "2"})
+    return JSONResponse({"status": "ready", "missing": {}})
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(here: Here) -> Response:
+    if here.render_metrics is None:
+        raise NotFound("Metrics are switched off (server.metrics).")
+    return Response(here.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    return RedirectResponse("/docs")

@@ -1,0 +1,227 @@
+"""The composition root: the one place where the parts are joined into a running node.
+
+Importing this loads no engine: backends are child processes.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from backends.kinds import kind_of
+from backends.spec import BackendKind
+from backends.steps import LoadingState, StepReceiver
+from backends.supervisor import BackendStatus, Supervisor
+from proxy.accounting import PROXY, Accountant, now
+from proxy.api.auth import Authenticator
+from proxy.api.context import Context
+from proxy.api.edge import Edge
+from proxy.api.pages import create_pages
+from proxy.config import Config
+from proxy.energy.events import BackendState, Event
+from proxy.energy.ledger import Ledger
+from proxy.energy.receipt import Accounting, Receipt
+from proxy.export.metrics import Metrics
+from proxy.export.snapshot import OperationsSnapshot
+from proxy.meter.discover import Discovery, discover
+from proxy.meter.sampler import Sampler
+from proxy.recorder import Recorder
+from proxy.relay.endpoints import ENDPOINTS
+from proxy.relay.observe import Observation
+from proxy.relay.relay import Relay, Services, tick
+from proxy.relay.upstream import Upstream
+from proxy.routing.registry import Registry
+from proxy.settings import carbon_intensity, meter_settings, receipt_store
+from proxy.store.receipts import ReceiptStore
+
+log = logging.getLogger("joulegate")
+
+#: Headers of ours that a page of another origin may read, where such pages are allowed at all.
+_EXPOSED = [
+    "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
+    "X-Energy-Meter", "X-Energy-Boundary", "X-Energy-Status", "X-Carbon-Grams", "X-Carbon-Intensity",
+    "Carbon-Emissions-Scope-2", "Link",
+]  # fmt: skip
+
+
+class Node:
+    """A proxy with its meters and backends: complete alone.
+
+    `asgi` is what a server runs; its lifespan starts and ends everything else. `started` is set once requests can
+    come in; the models load meanwhile.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        recorder: Recorder | None = None,
+        kinds: Callable[[str], BackendKind] = kind_of,
+        discovery: Discovery | None = None,
+    ) -> None:
+        """`kinds` and `discovery` put other backends and meters in the place of this machine's, for tests."""
+        self.config = config
+        self.started = asyncio.Event()
+        self.specs = [model.spec() for model in config.models]
+        self._kinds = kinds
+        self.registry = Registry(self.specs, kinds)
+        self.discovery = discovery or Discovery([], [])
+        self._discover = discovery is None
+        self._store = receipt_store(config.store)
+        self._intensity = carbon_intensity(config.energy.carbon)
+        self._recorder = recorder
+        self._changed = asyncio.Event()
+        self.context: Context | None = None
+        self._relays: dict[str, Relay] = {}
+        self._observations: set[Observation] = set()
+        self.asgi = self._around(create_pages(self._lifespan, version("joulegate")))
+
+    async def wait_until_settled(self) -> None:
+        """Until every backend is ready or has failed once."""
+        while any(self._loading(name) for name in self.registry.models):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _loading(self, name: str) -> bool:
+        state = self.registry.states.get(name)
+        return state is None or state.state == "starting"
+
+    def _around(self, pages: FastAPI) -> ASGIApp:
+        server, auth = self.config.server, self.config.auth
+        authenticator = Authenticator(auth.keys, required=auth.required)
+        edge = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins)
+        if not server.cors_origins:
+            return edge
+        return CORSMiddleware(
+            edge, server.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=_EXPOSED
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            store = self._store
+            stack.callback(store.close)
+            metrics = Metrics(self.registry.models)
+            accountant = self._accountant(stack, _Sink(store, metrics))
+            supervisor = await self._start_backends(stack, accountant)
+            sampler = await self._start_meters(stack, accountant, supervisor)
+            upstream = Upstream()
+            stack.push_async_callback(upstream.close)
+            limit = self.config.server.max_body_bytes
+            services = Services(
+                accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect
+            )
+            self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
+            metrics.watch(partial(self._snapshot, accountant, sampler, store))
+            render = metrics.render if self.config.server.metrics else None
+            self.context = Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
+            pages.state.context = self.context
+            self.started.set()
+            yield
+
+    def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
+        energy = self.config.energy
+        terms = Accounting(energy.boundary, energy.pue or 1.0, self._intensity, devices={})
+        if self._recorder is not None:
+            stack.callback(self._recorder.close)
+        accountant = Accountant(
+            Ledger(known_only=True),
+            terms,
+            self.registry.places(),
+            sinks=[sink],
+            record=self._recorder.record if self._recorder else None,
+        )
+        stack.callback(accountant.close)
+        return accountant
+
+    async def _start_backends(self, stack: AsyncExitStack, accountant: Accountant) -> Supervisor:
+        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joulegate-")))
+        supervisor = Supervisor(
+            self.specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant), kinds=self._kinds
+        )
+        sockets = {supervisor.steps_socket: [spec.name for spec in self.specs if spec.steps is None]}
+        sockets |= {Path(spec.steps): [spec.name] for spec in self.specs if spec.steps is not None}
+        for path, names in sockets.items():
+            receiver = StepReceiver(
+                path, backends=names, on_steps=accountant.steps, on_loss=accountant.lost, on_state=_ignore_state
+            )
+            await receiver.start()
+            stack.push_async_callback(receiver.close)
+        await supervisor.start()
+        stack.push_async_callback(supervisor.close)
+        return supervisor
+
+    async def _start_meters(self, stack: AsyncExitStack, accountant: Accountant, supervisor: Supervisor) -> Sampler:
+        if self._discover:
+            self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
+        for problem in self.discovery.problems:
+            log.warning("no %s meter: %s Cure: %s", problem.meter, problem.why, problem.cure)
+        loop = asyncio.get_running_loop()
+
+        def observe(events: Sequence[Event]) -> None:
+            tick(self._observations, now())
+            accountant.observe(events)
+
+        def emit(events: Sequence[Event]) -> None:
+            """From the sampler's thread; what comes after the loop has closed is of no use to anyone."""
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(observe, events)
+
+        hz = self.config.energy.sample_hz
+        sampler = Sampler(self.discovery.meters, emit, hz=hz, our_pids=partial(_our_pids, supervisor))
+        sampler.start()
+        stack.push_async_callback(asyncio.to_thread, sampler.stop)
+        return sampler
+
+    def _backend_changed(self, accountant: Accountant, status: BackendStatus) -> None:
+        was_loading = status.name in self.registry.states and self._loading(status.name)
+        self.registry.update(status)
+        self._changed.set()
+        if self._loading(status.name) != was_loading:
+            devices = self.registry.models[status.name].places
+            accountant.apply(BackendState(status.name, devices, now(), loading=not was_loading))
+
+    def _snapshot(self, accountant: Accountant, sampler: Sampler, store: ReceiptStore) -> OperationsSnapshot:
+        return OperationsSnapshot(
+            devices=accountant.ledger.devices(),
+            meters=sampler.status(),
+            backends={name: name not in self.registry.missing() for name in self.registry.models},
+            intensity=accountant.terms.intensity,
+            step_reports=accountant.reports,
+            step_reports_lost=accountant.reports_lost,
+            store=store.health(),
+        )
+
+
+class _Sink:
+    """Settled receipts go to the store and to the metrics."""
+
+    def __init__(self, store: ReceiptStore, metrics: Metrics) -> None:
+        self._store = store
+        self._metrics = metrics
+
+    def settled(self, receipt: Receipt, provisional: Receipt | None) -> None:
+        self._store.put(receipt)
+        told = provisional.figures.parts.total if provisional and provisional.figures else None
+        self._metrics.receipt_settled(receipt, told)
+
+    def still_provisional(self, receipt: Receipt) -> None:
+        self._store.put(receipt)
+
+
+def _our_pids(supervisor: Supervisor) -> Mapping[str, Sequence[int]]:
+    return {PROXY: [os.getpid()], **{name: [pid] for name, pid in supervisor.pids().items()}}
+
+
+def _ignore_state(backend: str, state: LoadingState) -> None:
+    """The supervisor knows from the health check when a backend has loaded; its own word adds nothing."""

@@ -1,0 +1,112 @@
+"""The command line. Exit codes: 0 done, 1 it failed, 2 bad input or usage; errors are one line on standard error."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import click
+import typer
+
+from proxy.errors import ConfigError, JoulegateError
+from proxy.trace import TraceError
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+app = typer.Typer(
+    name="joulegate",
+    help="An OpenAI-compatible inference proxy that tells every request its joules.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; without one, the starter models.")
+]
+
+
+def main() -> None:
+    """Run the command line; ends the process with its exit code."""
+    command = typer.main.get_command(app)
+    try:
+        sys.exit(command.main(prog_name="joulegate", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as shown:
+        typer.echo(shown.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _stop(error.format_message(), 2)
+    except TraceError as error:
+        typer.echo(str(error), err=True)  # TRACE:LINE: reason, to the letter
+        sys.exit(2)
+    except ConfigError as error:
+        _stop(str(error), 2)
+    except (JoulegateError, OSError) as error:
+        _stop(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo("joulegate: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen; the configuration's, or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="The configuration's, or 8000.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write a trace of all samples and steps to this file.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Start the backends and the proxy."""
+    from proxy.serve import run  # noqa: PLC0415 - the other commands need no server
+
+    settings = _configuration(config)
+    changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+    _set_up_logging(log_level)
+    run(settings, record)
+
+
+@app.command("check-config")
+def check_config(file: Path) -> None:
+    """Say whether a configuration can be used."""
+    from proxy.config import load  # noqa: PLC0415
+    from proxy.settings import check  # noqa: PLC0415
+
+    loaded = load(file)
+    check(loaded)
+    typer.echo(f"{file}: ok, {len(loaded.models)} models")
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Say which meters and backends this machine has, and why not the others."""
+    from proxy.doctor import examine  # noqa: PLC0415
+
+    examine(_configuration(config))
+
+
+@app.command()
+def replay(trace: Path) -> None:
+    """Attribute a recorded run with the code that serves live traffic."""
+    from proxy.replay import replay as run_replay  # noqa: PLC0415
+
+    run_replay(trace, sys.stdout)
+
+
+def _configuration(path: Path | None) -> "Config":
+    from proxy.config import Config, load  # noqa: PLC0415
+
+    return load(path) if path is not None else Config()
+
+
+def _set_up_logging(level: str) -> None:
+    names = {"debug", "info", "warning", "error"}
+    if level.lower() not in names:
+        raise click.BadParameter(f"should be one of {', '.join(sorted(names))}", param_hint="--log-level")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("aiohttp", "asyncio", "httpx", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

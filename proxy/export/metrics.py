@@ -1,0 +1,238 @@
+"""Prometheus metrics of one node: its own registry, no globals, and labels that no client can multiply.
+
+The data path and the settling of receipts count here; all that has a state of its own is read off a snapshot when
+Prometheus asks (`operations.py`). Label children are looked up once and kept, because finding them is most of the cost.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.exposition import generate_latest
+
+from proxy.energy.quantities import Microjoules, joules
+from proxy.energy.receipt import Figures, Receipt
+from proxy.export.operations import OperationsCollector
+from proxy.export.snapshot import OperationsSnapshot
+
+#: The label of a model that is not configured, such as one a client made up.
+UNKNOWN = "unknown"
+#: So many keys get a label of their own; the others share one.
+KEY_LABELS = 1000
+OTHER_KEYS = "other"
+
+REQUEST_JOULES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
+TOKEN_JOULES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class _Counting(Protocol):
+    def inc(self, amount: float = 1) -> None: ...
+
+
+class _Observing(Protocol):
+    def observe(self, amount: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Energy:
+    """The children that one settled receipt of a model and task moves."""
+
+    gpu: _Counting
+    host: _Counting
+    overhead: _Counting
+    wasted: _Counting
+    operational: _Counting
+    request: _Observing
+    output_token: _Observing
+    interval: _Observing
+    provisional_error: _Observing
+
+
+class Metrics:
+    """Cheap methods for the data path; `render` for Prometheus. `models` are the configured ones."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        # Each counter's time of creation would be a series of its own, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it unannotated
+        self._registry = CollectorRegistry()
+        self._models = {name: name for name in models}
+        self._declare_requests()
+        self._declare_energy()
+        ProcessCollector(registry=self._registry)
+
+    def watch(self, snapshot: Callable[[], OperationsSnapshot]) -> None:
+        """Read the metrics of devices, meters, backends and the grid off this from now on."""
+        self._registry.register(OperationsCollector(snapshot))
+
+    def render(self) -> bytes:
+        """The text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    # the data path
+
+    def request_finished(self, model: str, endpoint: str, code: int, seconds: float) -> None:
+        """A request of a model ended with a status code (499: the client went away). `endpoint` is one of our paths."""
+        name = self._model(model)
+        counted = self._finished.get((name, endpoint, code))
+        if counted is None:
+            counted = self._requests.labels(name, endpoint, str(code)), self._duration.labels(name, endpoint)
+            self._finished[name, endpoint, code] = counted
+        requests, duration = counted
+        requests.inc()
+        duration.observe(seconds)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first_token[self._model(model)].observe(seconds)
+
+    def tokens(self, model: str, kind: str, count: int) -> None:
+        """`kind` is prompt, completion or cached; `count` is 0 or more."""
+        name = self._model(model)
+        counter = self._tokens.get((name, kind))
+        if counter is None:
+            counter = self._tokens[name, kind] = self._all_tokens.labels(name, kind)
+        counter.inc(count)
+
+    def in_flight(self, model: str, change: int) -> None:
+        self._in_flight[self._model(model)].inc(change)
+
+    def receipt_settled(self, receipt: Receipt, provisional_energy: Microjoules | None) -> None:
+        """`provisional_energy` is what the client was told at the response's end, if it was told anything."""
+        figures = receipt.figures
+        if figures is None:
+            return
+        request = receipt.request
+        children = self._energy_of(request.model, request.task)
+        parts, energy = figures.parts, figures.energy
+        children.gpu.inc(joules(parts.gpu))
+        children.host.inc(joules(parts.host))
+        children.overhead.inc(joules(parts.overhead))
+        children.wasted.inc(joules(parts.wasted))
+        children.operational.inc(figures.operational)
+        children.request.observe(energy)
+        if receipt.tokens.completion:
+            children.output_token.observe(energy / receipt.tokens.completion)
+        if request.key is not None:
+            self._key(request.key).inc(energy)
+        _observe_ratios(children, figures, provisional_energy)
+
+    # within
+
+    def _declare_requests(self) -> None:
+        known = [*self._models, UNKNOWN]
+        registry = self._registry
+        self._requests = Counter(
+            "joulegate_requests", "Requests that ended.", ("model", "endpoint", "code"), registry=registry
+        )
+        self._duration = Histogram(
+            "joulegate_request_duration_seconds",
+            "From the request's arrival to its response's end.",
+            ("model", "endpoint"),
+            registry=registry,
+            buckets=REQUEST_SECONDS,
+        )
+        self._finished: dict[tuple[str, str, int], tuple[_Counting, _Observing]] = {}
+        first_token = Histogram(
+            "joulegate_time_to_first_token_seconds",
+            "From the request's arrival to its stream's first token.",
+            ("model",),
+            registry=registry,
+            buckets=FIRST_TOKEN_SECONDS,
+        )
+        self._first_token = {name: first_token.labels(name) for name in known}
+        self._all_tokens = Counter(
+            "joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"), registry=registry
+        )
+        self._tokens: dict[tuple[str, str], _Counting] = {}
+        in_flight = Gauge("joulegate_requests_in_flight", "Requests under way.", ("model",), registry=registry)
+        self._in_flight = {name: in_flight.labels(name) for name in known}
+
+    def _declare_energy(self) -> None:
+        registry = self._registry
+        self._parts = Counter(
+            "joulegate_energy_joules",
+            "Settled energy of requests within the boundary, by part.",
+            ("model", "task", "part"),
+            registry=registry,
+        )
+        self._emissions = Counter(
+            "joulegate_emissions_grams", "Grams of CO2e of requests.", ("model", "task", "kind"), registry=registry
+        )
+        self._request_energy = Histogram(
+            "joulegate_request_energy_joules",
+            "Energy of a request.",
+            ("model", "task"),
+            registry=registry,
+            buckets=REQUEST_JOULES,
+        )
+        self._token_energy = Histogram(
+            "joulegate_output_token_energy_joules",
+            "Energy of a request per output token.",
+            ("model",),
+            registry=registry,
+            buckets=TOKEN_JOULES,
+        )
+        self._interval = Histogram(
+            "joulegate_interval_ratio",
+            "Width of a settled receipt's interval over its energy.",
+            ("model",),
+            registry=registry,
+            buckets=RATIOS,
+        )
+        self._provisional_error = Histogram(
+            "joulegate_provisional_error_ratio",
+            "How far the provisional energy was from the settled one, over the settled one.",
+            ("model",),
+            registry=registry,
+            buckets=RATIOS,
+        )
+        self._energies: dict[tuple[str, str], _Energy] = {}
+        self._key_energy = Counter(
+            "joulegate_key_energy_joules", "Energy of requests by key.", ("key",), registry=registry
+        )
+        self._keys: dict[str, _Counting] = {}
+
+    def _model(self, name: str) -> str:
+        return self._models.get(name, UNKNOWN)
+
+    def _energy_of(self, model: str, task: str) -> _Energy:
+        name = self._model(model)
+        known = self._energies.get((name, task))
+        if known is None:
+            gpu, host, overhead, wasted = (
+                self._parts.labels(name, task, part) for part in ("gpu", "host", "overhead", "wasted")
+            )
+            known = self._energies[name, task] = _Energy(
+                gpu,
+                host,
+                overhead,
+                wasted,
+                operational=self._emissions.labels(name, task, "operational"),
+                request=self._request_energy.labels(name, task),
+                output_token=self._token_energy.labels(name),
+                interval=self._interval.labels(name),
+                provisional_error=self._provisional_error.labels(name),
+            )
+        return known
+
+    def _key(self, key: str) -> _Counting:
+        counter = self._keys.get(key)
+        if counter is None:
+            label = key if len(self._keys) < KEY_LABELS else OTHER_KEYS
+            counter = self._key_energy.labels(label)
+            if label == key:
+                self._keys[key] = counter
+        return counter
+
+
+def _observe_ratios(children: _Energy, figures: Figures, provisional: Microjoules | None) -> None:
+    """Ratios of nothing are nothing: a receipt of 0 J has none."""
+    energy = figures.parts.total
+    if energy <= 0:
+        return
+    children.interval.observe((figures.high - figures.low) / energy)
+    if provisional is not None:
+        children.provisional_error.observe(abs(provisional - energy) / energy)

@@ -1,0 +1,272 @@
+"""The data path: an exchange is a client's request, an attempt upstream, and the answer with its receipt.
+
+Raw ASGI, because this is where a request's time goes: what is only passed on is neither parsed nor copied, a stream's
+chunks leave as they come, and one small task per request watches for a client that goes away.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.accounting import Accountant, Ticket, now
+from proxy.api.receipts import encode_receipt, receipt_headers, stream_head_headers
+from proxy.energy.events import Outcome
+from proxy.energy.quantities import Nanoseconds
+from proxy.energy.receipt import Receipt, Request, Tokens
+from proxy.errors import ApiError, Unavailable, UpstreamFailed
+from proxy.relay import refusals, splice, sse
+from proxy.relay.call import Call, ClientGone, Receive, Scope, Send, read_call, read_headers, upstream_body
+from proxy.relay.dialects import Answer as Told
+from proxy.relay.dialects import Timings, read_answer
+from proxy.relay.endpoints import Endpoint
+from proxy.relay.observe import Observation
+from proxy.relay.reply import Reply, passed_back
+from proxy.relay.sift import Sifter
+from proxy.relay.upstream import Answer, BrokeOff, Unreachable, Upstream
+from proxy.routing.registry import Registry, Route
+
+log = logging.getLogger("joulegate.relay")
+
+_CLIENT_CLOSED = 499
+_SILENT = Nanoseconds(5_000_000_000)
+
+
+class Observer(Protocol):
+    """What the metrics want to hear from the data path."""
+
+    def request_finished(self, model: str, endpoint: str, code: int, seconds: float) -> None: ...
+    def first_token(self, model: str, seconds: float) -> None: ...
+    def tokens(self, model: str, kind: str, count: int) -> None: ...
+    def in_flight(self, model: str, change: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the data path works with; put together in `proxy.app`.
+
+    `observations` are the virtual steps under way, `suspect` has a backend's health checked now.
+    """
+
+    accountant: Accountant
+    registry: Registry
+    upstream: Upstream
+    observer: Observer
+    observations: set[Observation]
+    max_body_bytes: int
+    suspect: Callable[[str], None]
+
+
+def tick(observations: set[Observation], at: Nanoseconds) -> None:
+    """Keep long silent requests from holding up the settlement of the others."""
+    for observation in observations:
+        observation.waiting(at, _SILENT)
+
+
+class Relay:
+    """The ASGI application of one model endpoint."""
+
+    def __init__(self, endpoint: Endpoint, services: Services) -> None:
+        self._endpoint = endpoint
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        reply = Reply(send, secrets.token_hex(16))
+        model, code = "unknown", _CLIENT_CLOSED
+        try:
+            call, model, route = await self._admit(scope, receive, reply)
+            exchange = Exchange(self._services, call, self._request(call, model, reply, scope), route, reply, began)
+            code = await exchange.run(receive)
+        except ClientGone:
+            pass
+        except ApiError as error:
+            code = error.status
+            await reply.error(error, [], self._endpoint.dialect.envelope(error))
+        finally:
+            self._services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
+
+    async def _admit(self, scope: Scope, receive: Receive, reply: Reply) -> tuple[Call, str, Route]:
+        headers = read_headers(scope)
+        reply.client_request_id = headers.client_request_id
+        call = await read_call(headers, self._endpoint, receive, self._services.max_body_bytes)
+        model = self._services.registry.resolve(call.head.model, self._endpoint)
+        return call, model, self._services.registry.route(model)
+
+    def _request(self, call: Call, model: str, reply: Reply, scope: Scope) -> Request:
+        return Request(
+            id=reply.id,
+            model=model,
+            task=self._endpoint.task,
+            endpoint=self._endpoint.path,
+            created=time.time(),
+            client_request_id=call.headers.client_request_id,
+            key=scope.get("joulegate.key"),
+        )
+
+
+class Exchange:
+    """One request that a backend is to answer, from the sending to the receipt."""
+
+    def __init__(
+        self, services: Services, call: Call, request: Request, route: Route, reply: Reply, began: float
+    ) -> None:
+        self._services = services
+        self._call = call
+        self._model = request.model
+        self._route = route
+        self._reply = reply
+        self._began = began
+        self._ticket: Ticket = services.accountant.open(request)
+        self._observation: Observation | None = None
+        self._receipt: Receipt | None = None
+
+    async def run(self, receive: Receive) -> int:
+        """Carry it out; returns the status that the metrics count (499: the client went away)."""
+        me = asyncio.current_task()
+        assert me is not None
+
+        def client_left(_: object) -> None:
+            me.cancel()
+
+        self._services.observer.in_flight(self._model, 1)
+        watch = asyncio.ensure_future(receive())
+        watch.add_done_callback(client_left)
+        try:
+            await self._attempt()
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
+            me.uncancel()
+        finally:
+            watch.remove_done_callback(client_left)
+            watch.cancel()
+            completed = self._receipt is not None
+            if not completed:
+                self._finish("cancelled", Told())
+            self._services.observer.in_flight(self._model, -1)
+        return self._reply.status if completed else _CLIENT_CLOSED
+
+    async def _attempt(self) -> None:
+        headers = self._begin()
+        body = upstream_body(self._call, self._route.model)
+        try:
+            answer = await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
+        except Unreachable as error:
+            log.warning("backend %s does not answer: %s", self._route.backend, error)
+            self._services.suspect(self._route.backend)
+            await self._fail(Unavailable(f"The backend of model '{self._model}' is not answering."))
+            return
+        try:
+            await self._deliver(answer)
+        except (BrokeOff, ValueError) as error:
+            log.warning("backend %s broke off its answer: %s", self._route.backend, error)
+            await self._fail(UpstreamFailed("The backend broke off its answer."))
+        finally:
+            answer.abort()
+
+    def _begin(self) -> dict[str, str]:
+        backend = self._route.backend
+        attempt = self._ticket.attempt(backend)
+        if not self._route.reports_steps:
+            accountant = self._services.accountant
+
+            def emit(started: Nanoseconds, ended: Nanoseconds, tokens: int, context: int) -> None:
+                accountant.virtual_step(backend, attempt, started, ended, tokens, context)
+
+            self._observation = Observation(emit, now(), len(self._call.body))
+            self._services.observations.add(self._observation)
+        headers = {"Content-Type": "application/json", "X-Request-Id": attempt, **self._call.headers.forwarded}
+        if self._route.authorization is not None:
+            headers["Authorization"] = self._route.authorization
+        return headers
+
+    async def _deliver(self, answer: Answer) -> None:
+        if answer.status >= 400:
+            error = refusals.translate(answer.status, await answer.whole(), answer.header("Retry-After"))
+            await self._fail(error)
+        elif answer.status >= 300:
+            await self._fail(UpstreamFailed(f"The backend answered with a redirect ({answer.status})."))
+        elif answer.content_type.startswith("text/event-stream"):
+            await self._stream(answer)
+        else:
+            await self._whole(answer)
+
+    async def _whole(self, answer: Answer) -> None:
+        body = await answer.whole()
+        is_object = answer.content_type.startswith("application/json") and splice.is_object(body)
+        receipt = self._finish("completed", read_answer(body) if is_object else Told())
+        if is_object and self._call.headers.energy_body:
+            body = splice.append_member(body, b"energy", encode_receipt(receipt))
+        headers = passed_back(answer.headers) + receipt_headers(receipt)
+        await self._reply.whole(answer.status, headers, body)
+
+    async def _stream(self, answer: Answer) -> None:
+        sifter = Sifter(self._call.endpoint.dialect, self._call.client_wants_usage)
+        await self._reply.head(answer.status, passed_back(answer.headers) + self._stream_head())
+        try:
+            await self._forward(answer, sifter)
+        except (BrokeOff, ValueError) as error:
+            log.warning("backend %s broke off its stream: %s", self._route.backend, error)
+            await self._close_stream(sifter, UpstreamFailed("The backend broke off its answer."))
+            return
+        await self._close_stream(sifter, None)
+
+    def _stream_head(self) -> list[tuple[bytes, bytes]]:
+        """What can be said before the energy is known: where its figures will come from."""
+        accountant = self._services.accountant
+        expected = accountant.expectation(self._route.backend, reports_steps=self._route.reports_steps)
+        return stream_head_headers(
+            self._reply.id,
+            method=expected.method,
+            meter=expected.meter,
+            boundary=accountant.terms.boundary,
+            intensity=accountant.terms.intensity,
+        )
+
+    async def _forward(self, answer: Answer, sifter: Sifter) -> None:
+        cutter = sse.EventCutter()
+        first = True
+        async for data in answer.chunks():
+            run = cutter.feed(data)
+            if not run:
+                continue
+            if first:
+                first = False
+                self._services.observer.first_token(self._model, time.perf_counter() - self._began)
+            if self._observation is not None:
+                self._observation.events(run.count(b"\n\n"), now())
+            out = sifter.sift(run)
+            if out:
+                await self._reply.chunk(out)
+        rest = sifter.sift(cutter.rest())
+        if rest:
+            await self._reply.chunk(rest)
+
+    async def _close_stream(self, sifter: Sifter, error: ApiError | None) -> None:
+        receipt = self._finish("failed" if error else "completed", sifter.answer())
+        energy = encode_receipt(receipt) if self._call.headers.energy_body else None
+        await self._reply.end(sifter.close(energy, error))
+
+    async def _fail(self, error: ApiError) -> None:
+        receipt = self._finish("failed", Told())
+        body = self._call.endpoint.dialect.envelope(error)
+        await self._reply.error(error, receipt_headers(receipt), body)
+
+    def _finish(self, outcome: Outcome, told: Told) -> Receipt:
+        """End the request's work in the books, with what the backend told of it."""
+        tokens = told.usage.tokens() if told.usage is not None else Tokens()
+        self._end_observation(tokens, told.timings)
+        self._receipt = self._ticket.finish(outcome, tokens)
+        for kind, count in (("prompt", tokens.prompt), ("completion", tokens.completion), ("cached", tokens.cached)):
+            if count:
+                self._services.observer.tokens(self._model, kind, count)
+        return self._receipt
+
+    def _end_observation(self, tokens: Tokens, timings: Timings | None) -> None:
+        if self._observation is not None:
+            self._services.observations.discard(self._observation)
+            self._observation.end(now(), tokens, timings)

@@ -1,0 +1,128 @@
+"""`joulegate serve`: the socket, the server, and what an operator sees in the first minute."""
+
+import asyncio
+import contextlib
+import socket
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from rich.console import Console
+
+from proxy.app import Node
+from proxy.config import Config
+from proxy.errors import JoulegateError
+from proxy.recorder import Recorder
+from proxy.routing.registry import ServedModel
+
+_GRACE_SECONDS = 10
+
+#: One request to try for each kind of model: path, JSON body.
+_TRY = {
+    "chat": (
+        "/v1/chat/completions",
+        '{"model": "%s", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 60}',
+    ),
+    "classification": ("/classify", '{"model": "%s", "input": "A warm, clever film that I loved."}'),
+    "image": ("/v1/images/generations", '{"model": "%s", "prompt": "a red apple", "size": "256x256"}'),
+}
+
+
+class CannotListen(JoulegateError):
+    """The address is not to be had; the message says why."""
+
+
+def run(config: Config, record: Path | None) -> None:
+    """Serve until told to stop; raises CannotListen."""
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _listen(config.server.host, config.server.port) as listening,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(config, record, listening))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        reason = f"cannot listen on {host} port {port}: {error.strerror or error}; --port chooses another"
+        raise CannotListen(reason) from error
+    return listening
+
+
+async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
+    node = Node(config, recorder=Recorder(record) if record else None)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            node.asgi,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+    )
+    host, port = listening.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    greeting = asyncio.create_task(_greet(node, address))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        greeting.cancel()
+
+
+async def _greet(node: Node, address: str) -> None:
+    """Say where it listens at once, and how to try it when the models are loaded."""
+    console = Console(highlight=False, soft_wrap=True)
+    await node.started.wait()
+    console.print(f"\n[bold]Joulegate[/] listens on [bold]{address}[/]   API documentation: {address}/docs")
+    for line in _meter_lines(node):
+        console.print(line)
+    console.print(f"models: {', '.join(node.registry.models)} (loading)")
+    await node.wait_until_settled()
+    console.print("")
+    for name, model in node.registry.models.items():
+        why = node.registry.missing().get(name)
+        state = f"[red]not available[/]: {why}" if why else "[green]ready[/]"
+        console.print(f"  {name:<12} {', '.join(model.tasks):<16} {model.spec.kind:<13} {state}")
+    console.print("\nTry it (-i shows the energy headers):\n")
+    for line in _commands(node, address):
+        console.print(line, markup=False)
+    console.print("\nCtrl-C stops it.")
+
+
+def _meter_lines(node: Node) -> list[str]:
+    lines = [
+        f"meter: {meter.device} by [bold]{meter.kind}[/] ({meter.name})"
+        + (", [yellow]an estimate, not a measurement[/]" if meter.estimated else "")
+        for meter in node.discovery.meters
+    ]
+    return lines or ["[yellow]no meter at all[/]: answers carry no energy figures; `joulegate doctor` says why"]
+
+
+def _commands(node: Node, address: str) -> list[str]:
+    return [
+        f"  curl -i {address}{_TRY[task][0]} -H 'Content-Type: application/json' -d '{_TRY[task][1] % name}'\n"
+        for name, model in _first_of_each(node).items()
+        for task in model.tasks
+        if task in _TRY
+    ]
+
+
+def _first_of_each(node: Node) -> dict[str, ServedModel]:
+    """One model for each kind of task, those that can serve."""
+    found: dict[str, ServedModel] = {}
+    seen: set[str] = set()
+    missing = node.registry.missing()
+    for name, model in node.registry.models.items():
+        if name not in missing and seen.isdisjoint(model.tasks):
+            seen.update(model.tasks)
+            found[name] = model
+    return found

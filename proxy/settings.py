@@ -1,0 +1,44 @@
+"""The configuration as the parts take it: plain values for what must not know the configuration's form."""
+
+from proxy import grid
+from proxy.api.receipts import encode_receipt
+from proxy.config import Carbon, Config, Meters, Store
+from proxy.energy.carbon import Intensity
+from proxy.errors import ConfigError
+from proxy.meter.discover import MeterSettings
+from proxy.store.receipts import ReceiptStore
+
+
+def meter_settings(meters: Meters) -> MeterSettings:
+    return MeterSettings(
+        nvml=meters.nvml,
+        rapl=meters.rapl,
+        rapl_root=meters.rapl_root,
+        estimate=meters.estimate,
+        replay=meters.replay,
+    )
+
+
+def receipt_store(store: Store) -> ReceiptStore:
+    """The store of receipts, which opens its database when it is first needed; raises ConfigError for a bad URL."""
+    try:
+        return ReceiptStore(store.url, encode_receipt)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check(config: Config) -> None:
+    """What the form of a configuration does not tell; raises ConfigError."""
+    carbon_intensity(config.energy.carbon)
+    receipt_store(config.store).close()
+
+
+def carbon_intensity(carbon: Carbon) -> Intensity:
+    """The grid's intensity; raises ConfigError for a zone that the data does not have."""
+    try:
+        source = grid.intensity_source(
+            carbon.source, country=carbon.country, region=carbon.region, grams_per_kwh=carbon.grams_per_kwh
+        )
+    except ValueError as error:
+        raise ConfigError(f"energy.carbon: {error}") from error
+    return source.current()

@@ -1,0 +1,163 @@
+"""Receipts kept: written in batches behind the data path, read by id or page by page."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, and_, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from proxy.energy.receipt import Receipt
+from proxy.store.database import Database, StoreUnavailable
+from proxy.store.schema import receipts
+from proxy.store.writer import StoreHealth, Writer
+
+MAXIMUM_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReceipt:
+    """`document` is the `energy` object as JSON; `key` names whose request it was."""
+
+    id: str
+    created: float
+    key: str | None
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    receipts: Sequence[StoredReceipt]
+    has_more: bool
+
+
+class ReceiptStore:
+    """`put` never blocks and never fails; `get`, `list` and `close` block and belong on a thread of their own.
+
+    A receipt is put when it is provisional and put again when it has settled; a settled one is never overwritten by a
+    provisional one. A crash loses what was put within the last `flush_seconds` (at most a second).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        encode: Callable[[Receipt], bytes],
+        *,
+        flush_seconds: float = 0.5,
+        capacity: int = 20_000,
+    ) -> None:
+        self._encode = encode
+        self._database = Database(url)
+        self._writer = Writer(self._database, self._upsert, flush_seconds=flush_seconds, capacity=capacity)
+
+    def put(self, receipt: Receipt) -> None:
+        self._writer.put(receipt)
+
+    def get(self, receipt_id: str) -> StoredReceipt | None:
+        """None if there is no such receipt; StoreUnavailable if nobody can tell."""
+        waiting = self._writer.waiting(receipt_id)
+        if waiting is not None:
+            request = waiting.request
+            return StoredReceipt(request.id, request.created, request.key, self._encode(waiting))
+        rows = self._read(select(receipts).where(receipts.c.id == receipt_id))
+        return _stored(rows[0]) if rows else None
+
+    def list(
+        self,
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        model: str | None = None,
+        task: str | None = None,
+        key: str | None = None,
+        status: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+    ) -> Page:
+        """The newest first, after the receipt `after`; `since` ≤ created < `until` (Unix seconds).
+
+        ValueError for a limit outside 1..1000 or an unknown `after`; StoreUnavailable if the store cannot be read.
+        """
+        if not 1 <= limit <= MAXIMUM_PAGE:
+            raise ValueError(f"limit: should be from 1 to {MAXIMUM_PAGE}, not {limit}")
+        self._writer.flush()
+        equal = {"model": model, "task": task, "key": key, "status": status}
+        query = select(receipts).where(
+            *(receipts.c[name] == value for name, value in equal.items() if value is not None)
+        )
+        if since is not None:
+            query = query.where(receipts.c.created >= since)
+        if until is not None:
+            query = query.where(receipts.c.created < until)
+        if after is not None:
+            query = self._older_than(query, after)
+        newest_first = query.order_by(receipts.c.created.desc(), receipts.c.id.desc()).limit(limit + 1)
+        rows = self._read(newest_first)
+        return Page([_stored(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+    def health(self) -> StoreHealth:
+        return self._writer.health()
+
+    def flush(self, timeout: float = 2.0) -> bool:
+        """Wait until all that was put before is written; False if it was not in time."""
+        return self._writer.flush(timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Write what waits, then end the thread; what could not be written is counted and logged."""
+        self._writer.close(timeout)
+        self._database.close()
+
+    def _older_than(self, query: Select[Any], after: str) -> Select[Any]:
+        rows = self._read(select(receipts).where(receipts.c.id == after))
+        if not rows:
+            raise ValueError(f"after: there is no receipt {after!r}")
+        created, last = rows[0].created, rows[0].id
+        return query.where(or_(receipts.c.created < created, and_(receipts.c.created == created, receipts.c.id < last)))
+
+    def _read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        try:
+            with self._database.open().connect() as connection:
+                return connection.execute(query).all()
+        except SQLAlchemyError as error:
+            raise self._database.unavailable(error) from error
+
+    def _upsert(self, connection: Connection, batch: Iterable[Receipt]) -> None:
+        dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+        statement = dialect.insert(receipts)
+        new = statement.excluded
+        statement = statement.on_conflict_do_update(
+            index_elements=[receipts.c.id],
+            set_={column.name: new[column.name] for column in receipts.columns if not column.primary_key},
+            where=or_(receipts.c.status != "settled", new.status == "settled"),
+        )
+        connection.execute(statement, [self._row(receipt) for receipt in batch])
+
+    def _row(self, receipt: Receipt) -> dict[str, Any]:
+        request, figures, tokens = receipt.request, receipt.figures, receipt.tokens
+        return {
+            "id": request.id,
+            "created": request.created,
+            "model": request.model,
+            "task": request.task,
+            "endpoint": request.endpoint,
+            "key": request.key,
+            "client_request_id": request.client_request_id,
+            "status": receipt.status,
+            "outcome": receipt.outcome,
+            "method": figures.method if figures else None,
+            "energy_microjoules": figures.parts.total if figures else None,
+            "grams_co2e": figures.operational if figures else None,
+            "duration_seconds": receipt.duration,
+            "prompt_tokens": tokens.prompt,
+            "completion_tokens": tokens.completion,
+            "cached_tokens": tokens.cached,
+            "document": self._encode(receipt).decode(),
+        }
+
+
+def _stored(row: Row[Any]) -> StoredReceipt:
+    return StoredReceipt(row.id, row.created, row.key, row.document.encode())
+
+
+__all__ = ["MAXIMUM_PAGE", "Page", "ReceiptStore", "StoreHealth", "StoreUnavailable", "StoredReceipt"]

@@ -1,0 +1,97 @@
+"""What a client sees of a stream's end, whatever API it speaks and however the backend's bytes were cut."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import UpstreamFailed
+from proxy.relay.dialects import ANTHROPIC, IMAGES, OPENAI, RESPONSES, Dialect
+from proxy.relay.sift import Sifter
+from proxy.relay.sse import EventCutter
+
+ENERGY = b'{"energy_joules":1.5}'
+TOKEN = b'data: {"choices":[{"delta":{"content":"hi \\"usage\\":{"}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def through(
+    chunks: list[bytes], dialect: Dialect = OPENAI, *, show: bool = True, energy: bytes | None = ENERGY
+) -> bytes:
+    cutter, sifter = EventCutter(), Sifter(dialect, show)
+    out = [sifter.sift(cutter.feed(chunk)) for chunk in chunks]
+    out.append(sifter.sift(cutter.rest()))
+    return b"".join(out) + sifter.close(energy)
+
+
+def test_the_usage_chunk_carries_the_receipt_beside_usage() -> None:
+    out = through([TOKEN, USAGE + DONE])
+    carrier = json.loads(out.split(b"\n\n")[1].removeprefix(b"data: "))
+    assert carrier["energy"] == {"energy_joules": 1.5}
+    assert carrier["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+def test_the_energy_comment_stands_right_before_the_terminal_event() -> None:
+    assert through([TOKEN, USAGE, DONE]).endswith(b"\n\n: energy " + ENERGY + b"\n\n" + DONE)
+
+
+def test_a_usage_chunk_that_only_the_proxy_asked_for_is_not_shown() -> None:
+    out = through([TOKEN, USAGE, DONE], show=False)
+    assert out == TOKEN + b": energy " + ENERGY + b"\n\n" + DONE
+
+
+def test_without_energy_the_client_gets_the_backends_bytes() -> None:
+    assert through([TOKEN, USAGE, DONE], energy=None) == TOKEN + USAGE + DONE
+
+
+def test_a_stream_that_nobody_ended_is_ended() -> None:
+    assert through([TOKEN]).endswith(DONE)
+
+
+def test_a_chunk_with_choices_and_usage_passes_in_its_place() -> None:
+    both = b'data: {"choices":[{"delta":{}}],"usage":{"prompt_tokens":1}}\n\n'
+    assert through([both, TOKEN, DONE], show=False).startswith(both + TOKEN)
+
+
+def test_every_image_but_the_last_passes_and_the_last_carries_the_receipt() -> None:
+    event = b'event: image_generation.completed\ndata: {"type":"image_generation.completed","b64_json":"%d"}\n\n'
+    out = through([event % 1, event % 2], IMAGES)
+    first, comment, last, rest = out.split(b"\n\n")
+    assert first + b"\n\n" == event % 1
+    assert comment == b": energy " + ENERGY
+    assert json.loads(last.split(b"data: ")[1])["energy"] == {"energy_joules": 1.5}
+    assert rest == b""
+
+
+def test_responses_carry_the_receipt_inside_the_response() -> None:
+    created = b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n'
+    end = b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":4}}}\n\n'
+    out = through([created, end], RESPONSES)
+    assert b": energy " in out
+    last = json.loads(out.split(b"data: ")[-1])
+    assert last["response"] == {"usage": {"input_tokens": 4}, "energy": {"energy_joules": 1.5}}
+
+
+def test_anthropics_message_delta_carries_the_receipt_and_message_stop_ends() -> None:
+    delta = b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":2}}\n\n'
+    stop = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    carrier, comment, last, _ = through([delta, stop], ANTHROPIC).split(b"\n\n")
+    assert json.loads(carrier.split(b"data: ")[1])["energy"] == {"energy_joules": 1.5}
+    assert comment.startswith(b": energy ")
+    assert last + b"\n\n" == stop
+
+
+@given(st.data())
+def test_how_the_bytes_are_cut_changes_nothing(data: st.DataObject) -> None:
+    stream = TOKEN * 3 + USAGE + DONE
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(stream) - 1), max_size=12)))
+    chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    assert through(chunks) == through([stream])
+
+
+@pytest.mark.parametrize("dialect", [OPENAI, IMAGES, RESPONSES, ANTHROPIC])
+def test_a_failed_stream_tells_the_error_then_the_energy(dialect: Dialect) -> None:
+    out = Sifter(dialect, True).close(ENERGY, UpstreamFailed("gone"))
+    assert out.index(b"gone") < out.index(b": energy ")
