@@ -20,10 +20,10 @@ HELLO = [{"role": "user", "content": "hello there, my friend"}]
 
 
 def steps_of(engines: Engines, id: str) -> list[dict[str, Any]]:
-    """A request's entries in the recorded steps, in order."""
+    """A request's entries in the engines' recorded steps, in order; the proxy's own time on the host is none."""
     lines = engines.trace.read_text().splitlines()
     steps = [json.loads(line) for line in lines if '"step"' in line and id in line]
-    return [work for step in steps for work in step["work"] if work["request"] == id]
+    return [work for step in steps if step["backend"] != "proxy" for work in step["work"] if work["request"] == id]
 
 
 def computed(engines: Engines, id: str, at_least: int) -> int:
