@@ -62,10 +62,8 @@ class DeviceBook:
         new = self.pending_steps.take_new()
         if not len(new):
             return
-        self._models.learn_durations(new.where(~_is_timed(new)))
         new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
-        self._lag.ran(new)
         self._await(new)
         self.tallies.last_price[new.slot], self.tallies.last_tokens[new.slot] = new.predicted, new.tokens
         np.minimum.at(self.tallies.first_start, new.slot, new.started[new.owner])
@@ -174,7 +172,11 @@ class DeviceBook:
     # --- learning ---
 
     def _learn(self, scene: Scene) -> None:
+        """Learning happens here only, window by window: what is asked meanwhile must not change what is learnt."""
         window = scene.window
+        begun = scene.steps.where(scene.steps.started >= window.start)
+        self._models.learn_durations(begun.where(~_is_timed(begun)))
+        self._lag.ran(begun)
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
         if self._models.knows_costs:
@@ -194,10 +196,11 @@ class DeviceBook:
     def _learn_costs(self, scene: Scene) -> None:
         window, steps = scene.window, scene.steps
         timed = _is_timed(steps)
-        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
-            return
         energy = window.energy - self._idle_watts() * scene.gap / 1e3
-        if energy > 0:
+        if energy <= 0:
+            return
+        self._models.learn_power(energy, scene.busy)
+        if not timed.all() and not (timed & (steps.backend != PROXY_INDEX)).any():
             self._models.learn_energy(steps.where(~timed), scene.part[~timed], energy, scene.busy, window.length)
 
     def _idle_watts(self) -> float:
