@@ -176,3 +176,11 @@ def test_without_any_meter_it_serves_and_gives_no_figure(tmp_path: Path) -> None
         assert answer.json()["energy"]["energy_joules"] is None
         stream = proxy.post("/v1/chat/completions", chat("hi", stream=True))
         assert stream.headers["X-Energy-Status"] == "unavailable"
+
+
+def test_without_any_meter_requests_still_leave_the_memory_for_the_store(tmp_path: Path) -> None:
+    with running(tmp_path, models=MODELS[:1], meters=[]) as proxy:
+        ids = {proxy.post("/v1/chat/completions", chat("hi")).headers["X-Request-Id"] for _ in range(3)}
+        until(proxy.settled)
+        assert proxy.receipt(ids.copy().pop())["status"] == "unavailable"
+        until(lambda: {receipt["id"] for receipt in proxy.stored()} == ids)
