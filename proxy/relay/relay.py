@@ -73,6 +73,10 @@ class Relay:
         self._endpoint = endpoint
         self._services = services
 
+    def envelope(self, error: ApiError) -> bytes:
+        """The body of an error's answer in the endpoint's API."""
+        return self._endpoint.dialect.envelope(error)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         reply = Reply(send, secrets.token_hex(16))
@@ -85,7 +89,7 @@ class Relay:
             pass
         except ApiError as error:
             code = error.status
-            await reply.error(error, [], self._endpoint.dialect.envelope(error))
+            await reply.error(error, [], self.envelope(error))
         finally:
             self._services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
 

@@ -80,6 +80,23 @@ def test_the_wrong_method_and_the_wrong_path_have_the_envelope_too(proxy: Proxy)
     assert proxy.client.post("/v1/load_lora_adapter", json={}).status_code == 404
 
 
+def test_refusals_on_anthropics_paths_have_its_envelope(proxy: Proxy) -> None:
+    refused = proxy.client.post("/v1/messages", json={}, headers={"Host": "evil.example"})
+    assert refused.status_code == 403
+    for answer in (refused, proxy.client.get("/v1/messages")):
+        body = answer.json()
+        assert body["type"] == "error"
+        assert set(body["error"]) == {"type", "message"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
+def test_head_is_get_without_its_body(proxy: Proxy, path: str) -> None:
+    answer = proxy.client.head(path)
+    assert answer.status_code == 200
+    assert answer.content == b""
+    assert answer.headers["Content-Type"] == proxy.client.get(path).headers["Content-Type"]
+
+
 def test_an_unknown_receipt_is_404(proxy: Proxy) -> None:
     answer = proxy.client.get("/v1/energy/receipts/" + "0" * 32)
     assert answer.status_code == 404
