@@ -125,6 +125,24 @@ def test_a_stream_cut_off_tells_the_error_then_the_energy_then_ends(proxy: Proxy
     assert proxy.receipt(answer.headers["X-Request-Id"])["energy_joules"] > 1
 
 
+def test_an_error_in_the_backends_stream_is_told_in_the_envelope_and_the_request_has_failed(proxy: Proxy) -> None:
+    answer = proxy.post("/v1/chat/completions", chat("hi [[tokens=9 error_after=2]]", stream=True))
+    *_, failure, done = events(answer.text)
+    assert set(failure["error"]) == ENVELOPE
+    assert failure["error"]["message"] == "a fake error in the stream"
+    assert failure["error"]["code"] != 500
+    assert done == "[DONE]"
+    assert energy_comment(answer.text)["outcome"] == "failed"
+    assert answer.text.index('"error"') < answer.text.index(": energy")
+
+
+def test_an_answer_that_is_not_json_though_it_says_so_is_502(proxy: Proxy) -> None:
+    answer = proxy.post("/v1/chat/completions", chat("hi [[garbage]]"))
+    assert answer.status_code == 502
+    error(answer)
+    assert proxy.receipt(answer.headers["X-Request-Id"])["outcome"] == "failed"
+
+
 def test_an_answer_cut_off_is_502_with_a_receipt(proxy: Proxy) -> None:
     answer = proxy.post("/v1/chat/completions", chat("hi [[tokens=50 token_ms=20 cut_after=8]]"))
     assert answer.status_code in (502, 503)
