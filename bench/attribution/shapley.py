@@ -55,7 +55,7 @@ def sampled(work: Floats, energy: Energy, rng: np.random.Generator, permutations
 
 
 def _arrivals(small: Floats, orders: Ints, sets: Floats) -> Floats:
-    """Sums of work by (shuffle, set of large ones, small ones before, column); columns lie apart in memory, for speed."""
+    """Sums of work by (shuffle, set of large ones, small ones before, column); columns lie apart, for speed."""
     sums = np.zeros((small.shape[1], len(orders), len(sets), len(small) + 1))
     np.cumsum(small.T[:, orders][:, :, None], axis=3, out=sums[..., 1:])
     sums += sets.T[:, None, :, None]
