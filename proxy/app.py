@@ -46,6 +46,9 @@ from proxy.store.receipts import ReceiptStore
 
 log = logging.getLogger("joulegate")
 
+#: Requests settle by the meters' beat; this one goes on where every meter fails, or there is none.
+_SETTLING_SECONDS = 0.5
+
 #: Headers of ours that a page of another origin may read, where such pages are allowed at all.
 _EXPOSED = [
     "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
@@ -186,6 +189,8 @@ class Node:
         sampler = Sampler(self.discovery.meters, emit, hz=hz, our_pids=partial(_our_pids, supervisor))
         sampler.start()
         stack.push_async_callback(asyncio.to_thread, sampler.stop)
+        settling = asyncio.create_task(_repeat(partial(observe, ()), _SETTLING_SECONDS))
+        stack.callback(settling.cancel)
         return sampler
 
     def _backend_changed(self, accountant: Accountant, status: BackendStatus) -> None:
@@ -226,6 +231,12 @@ class _Sink:
 
 def _our_pids(supervisor: Supervisor) -> Mapping[str, Sequence[int]]:
     return {PROXY: [os.getpid()], **{name: [pid] for name, pid in supervisor.pids().items()}}
+
+
+async def _repeat(call: Callable[[], None], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        call()
 
 
 def _ignore_state(backend: str, state: LoadingState) -> None:
