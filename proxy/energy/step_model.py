@@ -114,7 +114,7 @@ class StepModel:
         Two fifths are static, the rest goes with what bounds each side of the roofline.
         """
         _, tokens, attention, context = typical
-        d = self.duration
+        d = _floored(self.duration, _duration_guess(1.0))  # what was fitted may be 0, which would stay so
         compute = max(d[2] * tokens + d[3] * attention, 1e-12)
         memory = max(d[4] + d[5] * context, 1e-12)
         dynamic = 0.6 * watts
