@@ -14,8 +14,9 @@ RUN python -m venv /opt/joulegate
 
 FROM build AS build-cpu
 ARG TORCH=2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install "torch==${TORCH}" --index-url https://download.pytorch.org/whl/cpu
+    pip install "torch==${TORCH}" --index-url "${TORCH_INDEX}"
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY proxy proxy
 COPY backends backends

@@ -20,6 +20,9 @@ from backends.steps import private_directory
 
 logger = logging.getLogger(__name__)
 
+#: Where NVIDIA's driver lists its GPUs.
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
 State = Literal["starting", "ready", "failed", "restarting", "stopped"]
 
 
@@ -125,6 +128,7 @@ class Supervisor:
 
     def unwatched(self, name: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
+        logger.warning("%s: its engine cannot tell its steps: its requests are accounted by their tokens", name)
         self._backends[name].mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:
@@ -159,6 +163,7 @@ class _Backend:
         self._pace = supervisor.pace
         self._kinds = kinds
         self._starts = 0
+        self._told = ""
 
     async def keep(self) -> None:
         """Run it, again and again, until cancelled."""
@@ -194,6 +199,7 @@ class _Backend:
             self._down(f"{type(error).__name__}: {_one_line(error)}")
 
     def _launch(self, port: int) -> Launch | None:
+        _check_devices(self._spec)
         return self._kinds(self._spec.kind).launch(self._spec, port, self._supervisor.steps_socket)
 
     # --- a process of ours ---
@@ -205,7 +211,10 @@ class _Backend:
         self._change(pid=process.pid, reports_steps=launch.reports_steps)
         url = f"http://127.0.0.1:{port}"
         try:
-            self._down(await _first_of(process.ended(), self._serve(process, url, launch.health_path)))
+            error = await _first_of(process.ended(), self._serve(process, url, launch.health_path))
+            fallen = self._fall(error)  # at once: nobody must be sent there while we find out why
+            cause = await process.cause()
+            self._down(f"{error}: {cause}" if cause else error, fallen)
         except asyncio.CancelledError:
             self._change(state="stopped", url=None)
             raise
@@ -262,13 +271,23 @@ class _Backend:
     def _up(self, url: str) -> None:
         self.ready.set()
         self._change(state="ready", url=url, error=None)
+        self._told = ""
         logger.info("%s: ready", self._spec.name)
 
-    def _down(self, error: str) -> None:
-        level = logging.DEBUG if error == self.status.error else logging.ERROR  # said once, not at every try
-        logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
-        self._change(state="restarting" if self.ready.is_set() else "failed", url=None, error=error)
+    def _fall(self, error: str) -> State:
+        """It does not serve any more; the state it is in now."""
+        state: State = "restarting" if self.ready.is_set() else "failed"
         self.ready.clear()
+        known = self.status.error  # of an earlier start, and better than what is known of this one's end so far
+        self._change(state=state, url=None, error=known or error)
+        return state
+
+    def _down(self, error: str, state: State | None = None) -> None:
+        state = state or self._fall(error)
+        level = logging.DEBUG if error == self._told else logging.ERROR  # said once, not at every try
+        logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
+        self._told = error
+        self._change(state=state, url=None, error=error)
 
     def mark_unwatched(self) -> None:
         self._change(reports_steps=False)
@@ -291,6 +310,16 @@ async def _first_of(*parts: Coroutine[None, None, str]) -> str:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_devices(spec: BackendSpec) -> None:
+    """Refuse a GPU that is not there, as far as its driver tells: engines say it in a hundred other ways."""
+    if not NVIDIA_GPUS.is_dir():
+        return
+    count = sum(1 for _ in NVIDIA_GPUS.iterdir())
+    for device in spec.devices:
+        if device >= count:
+            raise BackendError(f"{spec.name}: there is no GPU {device}: this machine has {count}, numbered from 0")
 
 
 def _free_port() -> int:

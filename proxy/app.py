@@ -153,7 +153,12 @@ class Node:
         sockets |= {Path(spec.steps): [spec.name] for spec in self.specs if spec.steps is not None}
         for path, names in sockets.items():
             receiver = StepReceiver(
-                path, backends=names, on_steps=accountant.steps, on_loss=accountant.lost, on_state=_ignore_state
+                path,
+                backends=names,
+                on_steps=accountant.steps,
+                on_loss=accountant.lost,
+                on_state=_ignore_state,
+                on_unable=lambda name, _: supervisor.unwatched(name),
             )
             await receiver.start()
             stack.push_async_callback(receiver.close)
@@ -165,7 +170,7 @@ class Node:
         if self._discover:
             self.discovery = await asyncio.to_thread(discover, meter_settings(self.config.energy.meters))
         for problem in self.discovery.problems:
-            log.warning("no %s meter: %s Cure: %s", problem.meter, problem.why, problem.cure)
+            log.info("no %s meter: %s; cure: %s", problem.meter, problem.why, problem.cure)
         loop = asyncio.get_running_loop()
 
         def observe(events: Sequence[Event]) -> None:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import click
 import typer
 
 from proxy.errors import ConfigError, JoulegateError
@@ -31,10 +30,7 @@ def main() -> None:
     command = typer.main.get_command(app)
     try:
         sys.exit(command.main(prog_name="joulegate", standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as shown:
-        typer.echo(shown.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         _stop(error.format_message(), 2)
     except TraceError as error:
         typer.echo(str(error), err=True)  # TRACE:LINE: reason, to the letter
@@ -43,12 +39,13 @@ def main() -> None:
         _stop(str(error), 2)
     except (JoulegateError, OSError) as error:
         _stop(str(error), 1)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    typer.echo("joulegate: " + " ".join(message.split()), err=True)
+    if message:
+        typer.echo("joulegate: " + " ".join(message.split()), err=True)
     sys.exit(code)
 
 
@@ -106,7 +103,7 @@ def _configuration(path: Path | None) -> "Config":
 def _set_up_logging(level: str) -> None:
     names = {"debug", "info", "warning", "error"}
     if level.lower() not in names:
-        raise click.BadParameter(f"should be one of {', '.join(sorted(names))}", param_hint="--log-level")
+        raise typer.BadParameter(f"should be one of {', '.join(sorted(names))}", param_hint="--log-level")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("aiohttp", "asyncio", "httpx", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

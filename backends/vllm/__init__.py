@@ -23,6 +23,8 @@ _SCHEDULER = "backends.vllm.reporter.scheduler"
 _OURS = frozenset({"model", "served-model-name", "host", "port", "uds", "api-key", "scheduler-cls", "root-path"})
 _PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 _PROBE_SECONDS = 60
+_MODULE = ("vllm.entrypoints.openai.api_server", "--model")
+_COMMAND = ("vllm.entrypoints.cli.main", "serve")  # what `vllm serve` runs
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class VllmKind:
         """vLLM's server. Raises BackendError without vLLM or a model, or for an argument that is ours or impossible."""
         if not spec.model:
             raise BackendError(f"{spec.name}: a vllm backend needs model: a name on the hub, or a folder")
-        if spec.model.startswith((".", "/", "~")) and not Path(spec.model).expanduser().exists():
+        if _is_local(spec.model) and not Path(spec.model).expanduser().exists():
             raise BackendError(f"{spec.name}: there is no model at {spec.model}")
         python = spec.python or sys.executable
-        watched = _can_be_watched(spec.name, python)
+        found = _probe(spec.name, python)
+        watched = _can_be_watched(spec.name, found)
         flags = {**_defaults(spec, watched), **_arguments(spec)}
         address = ("--host=127.0.0.1", f"--port={port}", f"--served-model-name={spec.name}")
-        command = (python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(Path(spec.model).expanduser()))
+        server = _MODULE if found["module"] else _COMMAND
+        command = (python, "-m", *server, str(Path(spec.model).expanduser()) if _is_local(spec.model) else spec.model)
         words = [word for name, value in flags.items() for word in _words(name, value)]
         return Launch((*command, *address, *words), _environment(spec), reports_steps=watched)
 
@@ -48,16 +52,26 @@ class VllmKind:
 KIND = VllmKind()
 
 
-def _can_be_watched(name: str, python: str) -> bool:
-    """Whether our scheduler fits the vLLM of this interpreter; says so when it does not."""
-    command = [python, "-I", versions.__file__]
+def _is_local(model: str) -> bool:
+    return model.startswith((".", "/", "~"))
+
+
+def _probe(name: str, python: str) -> dict[str, Any]:
+    """What this interpreter's vLLM is (see `versions`). Raises BackendError if it has none."""
     try:
-        told = subprocess.run(command, capture_output=True, check=True, timeout=_PROBE_SECONDS).stdout
-        found = json.loads(told)
+        told = subprocess.run(
+            [python, "-I", versions.__file__], capture_output=True, check=True, timeout=_PROBE_SECONDS
+        ).stdout
+        found: dict[str, Any] = json.loads(told)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise BackendError(f"{name}: cannot ask {python} for its vLLM: {error}") from error
     if found["missing"] == ["vllm"]:
         raise BackendError(f"{name}: vLLM is not installed for {python}: pip install 'joulegate[vllm]'")
+    return found
+
+
+def _can_be_watched(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether our scheduler fits the vLLM that was found; says so when it does not."""
     if found["missing"]:
         logger.warning(
             "%s: vLLM %s has no %s: its steps cannot be watched, its requests are accounted by the tokens the proxy "

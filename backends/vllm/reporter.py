@@ -82,6 +82,9 @@ class StepWatch:
         self._overlapping = overlapping
         self._in_flight: dict[int, tuple[int, list[str], list[int], list[int]]] = {}
         self._last_end = 0
+        self._names: list[str] = []
+        self._ids: list[str] = []
+        self._rows: list[Any] = []
         self._broken = False
 
     def scheduled(self, output: Any, requests: Mapping[str, Any]) -> None:
@@ -91,13 +94,21 @@ class StepWatch:
         try:
             tokens: Mapping[str, int] = output.num_scheduled_tokens
             if tokens:
-                contexts = [requests[name].num_computed_tokens for name in tokens]
-                work = (time.monotonic_ns(), [attempt_id(name) for name in tokens], list(tokens.values()), contexts)
-                self._in_flight[id(output)] = work
+                at = time.monotonic_ns()
+                ids, rows = self._batch(list(tokens), requests)
+                contexts = [row.num_computed_tokens for row in rows]
+                self._in_flight[id(output)] = (at, ids, list(tokens.values()), contexts)
                 if len(self._in_flight) > _IN_FLIGHT:
                     del self._in_flight[next(iter(self._in_flight))]
         except Exception as error:
             self._give_up(error)
+
+    def _batch(self, names: list[str], requests: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+        """Our ids and vLLM's requests of a batch: most are the one before once more, which is found out cheaply."""
+        if names != self._names:
+            self._names, self._ids = names, [attempt_id(name) for name in names]
+            self._rows = [requests[name] for name in names]
+        return self._ids, self._rows
 
     def executed(self, output: Any) -> None:
         """A batch's output has come back: its step is over."""

@@ -38,15 +38,26 @@ def untested() -> str:
 
 def missing() -> list[str]:
     """What the hook needs and this vLLM does not have."""
-    package = importlib.util.find_spec("vllm")
-    folders = [Path(folder) for folder in (package.submodule_search_locations or ())] if package else []
-    if not folders:
+    folder = _folder()
+    if folder is None:
         return ["vllm"]
     return [
         f"{words[0]} in {path}"
         for path, words in _NEEDED.items()
-        if not all(word in _text(folders[0] / path) for word in words)
+        if not all(word in _text(folder / path) for word in words)
     ]
+
+
+def has_server_module() -> bool:
+    """Whether the server can be started as a module: deprecated, yet it works without the command's metadata."""
+    folder = _folder()
+    return folder is not None and (folder / "entrypoints" / "openai" / "api_server.py").is_file()
+
+
+def _folder() -> Path | None:
+    package = importlib.util.find_spec("vllm")
+    folders = package.submodule_search_locations if package else None
+    return Path(folders[0]) if folders else None
 
 
 def _text(path: Path) -> str:
@@ -56,4 +67,4 @@ def _text(path: Path) -> str:
 if __name__ == "__main__":
     # The interpreter puts this file's folder, which is called vllm too, before everything else.
     sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
-    sys.stdout.write(json.dumps({"version": version(), "missing": missing()}))
+    sys.stdout.write(json.dumps({"version": version(), "missing": missing(), "module": has_server_module()}))

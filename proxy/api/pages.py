@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 
 from proxy.api import energy, models, ops
 from proxy.api.openapi import model_paths
-from proxy.errors import ApiError, InvalidRequest
+from proxy.errors import ApiError, InvalidRequest, Unavailable
+from proxy.store.database import StoreUnavailable
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 _DESCRIPTION = (
@@ -27,6 +28,7 @@ def create_pages(lifespan: Lifespan, version: str) -> FastAPI:
     app.include_router(ops.router)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(StoreUnavailable, _no_store)
     app.add_exception_handler(RequestValidationError, _invalid)
 
     def openapi() -> dict[str, Any]:
@@ -43,6 +45,10 @@ def create_pages(lifespan: Lifespan, version: str) -> FastAPI:
 async def _told(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return Response(error.encode(), error.status, error.headers, media_type="application/json")
+
+
+async def _no_store(request: Request, error: Exception) -> Response:
+    return await _told(request, Unavailable(f"Stored receipts cannot be read now: {error}", code="store_unavailable"))
 
 
 async def _http(request: Request, error: Exception) -> Response:

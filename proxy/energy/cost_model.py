@@ -41,6 +41,7 @@ _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
 _LITTLE = 0.01
+_NOTICEABLE = 0.05
 
 
 class CostModels:
@@ -51,9 +52,10 @@ class CostModels:
         self._order: list[int] = []  # the place of each backend's coefficients in the joint fit
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
+        self._recent_watts: float | None = None
         self._windows = 0
         self._rows: list[tuple[Floats, float, float]] = []  # windows not yet taken into the fit
-        self._looks = 0
+        self._batches = 0
         self._span = _Span()
         self.window_error = 0.3
         self.version = 0
@@ -90,6 +92,8 @@ class CostModels:
         for backend, some in _by_backend(steps):
             model = self._model(backend)
             joules = model.price(some, self._energy(backend, model, some, idle_watts))
+            if model.seconds is None:  # its guess has a shape but no scale
+                joules *= _as_long(some, joules, self.busy_watts(idle_watts))
             prices[_entries(steps, backend, some)] = joules * 1e6
         by_time = timed > 0
         if by_time.any():
@@ -126,16 +130,15 @@ class CostModels:
 
     def learn_durations(self, steps: Steps) -> None:
         """From these steps' timestamps; once there were many, from one batch of steps in four."""
-        self._looks += 1
-        if self._windows > _EAGER_WINDOWS and self._looks % _SELDOM:
+        self._batches += 1
+        if self._windows > _EAGER_WINDOWS and self._batches % _SELDOM:
             return
         for backend, some in _by_backend(steps):
-            self._model(backend).learn_durations(some)
+            if self._model(backend).learn_durations(some):
+                self.version += 1
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
         """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
-        watts = energy / busy * 1e3
-        self._follow_power(watts, busy)
         works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
         for backend, (work, _) in works.items():
             if backend not in self._order:
@@ -148,7 +151,7 @@ class CostModels:
             row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
         joules = energy / 1e6
         edges = 2 if busy < length else 0
-        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * joules / busy * 1e9)
         self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
         self._rows.append((row, joules, sigma))
         self._windows += 1
@@ -171,9 +174,14 @@ class CostModels:
             self._fit.add(np.array(rows), np.array(joules), np.array(sigmas))
             self._rows.clear()
 
-    def _follow_power(self, watts: float, busy: int) -> None:
-        old = watts if self._busy_watts is None else self._busy_watts
-        self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+    def learn_power(self, energy: float, busy: int) -> None:
+        """Steps ran for `busy` ns of a window and used `energy` µJ. Prices change when that has moved noticeably."""
+        watts = energy / busy * 1e3
+        old = watts if self._recent_watts is None else self._recent_watts
+        self._recent_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+        if self._busy_watts is None or abs(self._recent_watts / self._busy_watts - 1) > _NOTICEABLE:
+            self._busy_watts = self._recent_watts
+            self.version += 1
 
     def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
@@ -227,6 +235,12 @@ class CostModels:
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}
+
+
+def _as_long(steps: Steps, joules: Floats, watts: float) -> Floats:
+    """By entry, the factor that makes each step's joules those of so many watts for as long as it took."""
+    factor: Floats = (watts * (steps.ended - steps.started) / 1e9 / steps.per_step(joules))[steps.owner]
+    return factor
 
 
 def _chosen(steps: Steps, backend: int) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":

@@ -7,6 +7,8 @@ from proxy.energy.pending import Floats
 #: Beyond so many times the usual deviation a row is an outlier: the further off it is, the less it pulls.
 _OUTLIER = 2.5
 _LEAST_SPREAD, _SPREAD_SPEED = 0.1, 0.02
+#: Below this a coefficient is nothing, in any unit (and its square would not be a number any more).
+_LEAST_PRIOR = 1e-60
 #: The first rows are all believed: the prior may be what is wrong.
 _TRUSTING_ROWS = 20
 
@@ -28,6 +30,7 @@ class OnlineFit:
 
     def widen(self, prior: Floats, doubt: Floats) -> None:
         """More coefficients, of which only a prior is known."""
+        prior = np.maximum(prior, _LEAST_PRIOR)
         size, more = len(self._prior), len(prior)
         normal, moment = np.zeros((size + more, size + more)), np.zeros(size + more)
         normal[:size, :size], moment[:size] = self._normal, self._moment

@@ -26,6 +26,19 @@ class Alone(NamedTuple):
     context: float
 
 
+class New(NamedTuple):
+    """What steps not looked at yet say of one slot: `alone` has its steps if all of these have one participant.
+
+    `first_start`, `last_end` and `batch`, the mean number of participants, are of all such steps, of whomever.
+    """
+
+    first_start: int
+    last_end: int
+    tokens: list[int]
+    batch: float
+    alone: list[Alone] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
@@ -132,16 +145,22 @@ class PendingSteps:
         """Whether a step that was not taken yet names this slot."""
         return slot in self._slot
 
-    def new_alone(self, slot: int) -> list[Alone] | None:
-        """The steps of this slot that were not taken yet, if all such steps have one participant; else None."""
-        if len(self._slot) != len(self._count):
+    def new_of(self, slot: int) -> New | None:
+        """This slot's part of the steps that were not taken yet; None for none."""
+        count = self._slot.count(slot)
+        if not count:
             return None
-        found, place = list[Alone](), -1
-        for _ in range(self._slot.count(slot)):
+        places, place = list[int](), -1
+        for _ in range(count):
             place = self._slot.index(slot, place + 1)
-            columns = self._backend, self._started, self._ended, self._tokens, self._contexts
-            found.append(Alone(*(column[place] for column in columns)))
-        return found
+            places.append(place)
+        tokens = [self._tokens[place] for place in places]
+        first, last = min(self._started), max(self._ended)
+        batch = len(self._slot) / len(self._count)
+        if batch > 1:
+            return New(first, last, tokens, batch, None)
+        columns = self._backend, self._started, self._ended, self._tokens, self._contexts
+        return New(first, last, tokens, batch, [Alone(*(column[place] for column in columns)) for place in places])
 
     def take_new(self) -> Steps:
         """The steps added since the last call; `join` is to put them to the others."""

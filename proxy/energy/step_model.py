@@ -56,8 +56,11 @@ class StepModel:
 
     # --- durations ---
 
-    def learn_durations(self, steps: Steps) -> None:
-        """From steps' own timestamps. Steps of other backends at the same time stretch them: those do not fit."""
+    def learn_durations(self, steps: Steps) -> bool:
+        """From steps' own timestamps; whether that changed the coefficients at once.
+
+        Steps of other backends at the same time stretch them: those do not fit.
+        """
         seconds = (steps.ended - steps.started) / 1e9
         if self.seconds is None:
             guess = _duration_guess(1.0)
@@ -65,8 +68,10 @@ class StepModel:
             self.seconds = OnlineFit(guess * scale, np.full(len(DURATION), _DOUBT_GUESS), _DURATION_HORIZON)
         features = self._duration_features(steps.sums, self.seconds.coefficients)
         self.seconds.add(features, seconds, _DURATION_SIGMA * seconds)
-        if self.seconds.rows < _EAGER_STEPS:
-            self.seconds.solve()
+        if self.seconds.rows >= _EAGER_STEPS:
+            return False
+        self.seconds.solve()
+        return True
 
     @property
     def duration(self) -> Floats:

@@ -39,7 +39,7 @@ def discover(settings: MeterSettings, environ: Mapping[str, str] = os.environ) -
     Raises MeterError only for a trace to replay that cannot be played: everything else is a problem in the answer.
     """
     if settings.replay is not None:
-        return Discovery(replay_meters(settings.replay), [MeterProblem("hardware", "a trace is replayed", "")])
+        return Discovery(replay_meters(settings.replay))
     meters: list[Meter] = []
     problems: list[MeterProblem] = []
     host_is_covered = False
@@ -60,10 +60,9 @@ def _host_meter(settings: MeterSettings, problems: list[MeterProblem], *, host_i
     """RAPL, or else the estimate, said aloud."""
     measured = _tried("rapl", settings.rapl, lambda: RaplMeter(settings.rapl_root), problems)
     if measured is not None:
-        problems.append(MeterProblem("codecarbon", "not needed: the host is measured", ""))
         return measured
     if host_is_covered:
-        problems.append(MeterProblem("codecarbon", "not needed: the GPU's module counter includes the CPU", ""))
+        log.info("host: not estimated, since the GPU's module counter includes the CPU")
         return None
     estimate = _tried("codecarbon", settings.estimate, EstimateMeter.of_this_machine, problems)
     if estimate is not None:

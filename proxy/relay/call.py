@@ -10,7 +10,7 @@ import msgspec
 
 from proxy.errors import BodyTooLarge, InvalidRequest
 from proxy.relay import splice
-from proxy.relay.dialects import OPENAI
+from proxy.relay.dialects import OPENAI, RESPONSES
 from proxy.relay.endpoints import Endpoint, Head
 
 Scope = MutableMapping[str, Any]
@@ -155,11 +155,15 @@ def _explain(reason: str) -> tuple[str, str | None]:
     return f"Invalid type for '{path}': {text[0].lower() + text[1:]}.", path
 
 
-def upstream_body(call: Call, model: str | None) -> bytes:
-    """The body for the backend: usage asked for on OpenAI's streams, and the backend's own name of the model."""
+def upstream_body(call: Call, model: str | None, response_id: str | None = None) -> bytes:
+    """The body for the backend: usage asked for on OpenAI's streams, the backend's own name of the model, and our id
+    for a response where the backend would otherwise make one up that its steps are reported under.
+    """
     members: dict[str, bytes] = {}
     if model is not None:
         members["model"] = msgspec.json.encode(model)
+    if response_id is not None and call.endpoint.dialect is RESPONSES:
+        members["request_id"] = msgspec.json.encode(f"resp_{response_id}")
     wants_usage = call.streamed and call.endpoint.dialect is OPENAI
     if wants_usage and not call.client_wants_usage:
         if call.head.stream_options is None and not members and b'"stream_options"' not in call.body:

@@ -152,7 +152,8 @@ class Exchange:
 
     async def _attempt(self) -> None:
         headers = self._begin()
-        body = upstream_body(self._call, self._route.model)
+        response_id = headers["X-Request-Id"] if self._route.takes_response_id else None
+        body = upstream_body(self._call, self._route.model, response_id)
         try:
             answer = await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
         except Unreachable as error:

@@ -14,13 +14,17 @@ from proxy.relay.endpoints import Endpoint
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A live backend for one request. `model` is the backend's own name of the model where it differs from ours."""
+    """A live backend for one request. `model` is the backend's own name of the model where it differs from ours.
+
+    `takes_response_id`: the backend is vLLM, whose Responses API ignores `X-Request-Id` but takes a `request_id`.
+    """
 
     backend: str
     url: str
     model: str | None
     authorization: str | None
     reports_steps: bool
+    takes_response_id: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ class Registry:
             url=state.url.rstrip("/"),
             model=model.spec.model if remote else None,
             authorization=self._authorizations[name],
-            reports_steps=model.reports_steps,
+            reports_steps=model.reports_steps and state.reports_steps,
+            takes_response_id=model.spec.kind == "vllm" or (remote and model.spec.steps is not None),
         )
 
     def missing(self) -> dict[str, str]:

@@ -119,7 +119,7 @@ def watch(
     `impatient`: what takes seconds in earnest (standing still, sums to compare, retries) takes tenths.
     """
     if impatient:
-        _be_impatient()
+        be_impatient()
     course = Course()
     with Log() as log:
         sampler = Sampler(discover_gpus({}).meters, course.take, hz=hz, our_pids=lambda: pids or {})
@@ -137,7 +137,7 @@ def watch(
     return course
 
 
-def _be_impatient() -> None:
+def be_impatient() -> None:
     nvml.STANDSTILL = Nanoseconds(300_000_000)
     nvml.Comparison.shortest = Nanoseconds(500_000_000)
     nvml.LONGEST_INTEGRATED_PAUSE = Nanoseconds(300_000_000)

@@ -1,0 +1,198 @@
+"""A real vLLM behind the real proxy: who was in every step, and what became of the energy."""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.harness import energy_comment, events, until
+from tests.engines.conftest import STARTUP_SECONDS, Engines
+
+pytestmark = pytest.mark.engines
+
+HELLO = [{"role": "user", "content": "hello there, my friend"}]
+
+
+def steps_of(engines: Engines, id: str) -> list[dict[str, Any]]:
+    """A request's entries in the engines' recorded steps, in order; the proxy's own time on the host is none."""
+    lines = engines.trace.read_text().splitlines()
+    steps = [json.loads(line) for line in lines if '"step"' in line and id in line]
+    return [work for step in steps if step["backend"] != "proxy" for work in step["work"] if work["request"] == id]
+
+
+def computed(engines: Engines, id: str, at_least: int) -> int:
+    """The tokens the engine says it computed for a request, once they are all there."""
+
+    def tokens() -> int:
+        return sum(int(work["tokens"]) for work in steps_of(engines, id))
+
+    until(lambda: tokens() >= at_least)
+    return tokens()
+
+
+def settled(engines: Engines, answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    return until_settled(engines, answer.headers["X-Request-Id"])
+
+
+def until_settled(engines: Engines, id: str) -> dict[str, Any]:
+    found: dict[str, Any] = until(lambda: _if_settled(engines.proxy.receipt(id)), 60)
+    return found
+
+
+def _if_settled(receipt: dict[str, Any]) -> dict[str, Any] | None:
+    return receipt if receipt["status"] == "settled" else None
+
+
+def expected_tokens(usage: Mapping[str, Any], sequences: int = 1) -> int:
+    """What a request computes: each sequence its prompt, and all tokens of its answer but the last.
+
+    vLLM counts the prompt of `n` sequences once, though it computes it `n` times (unless it was cached).
+    """
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return int((usage["prompt_tokens"] - cached) * sequences + usage.get("completion_tokens", 0) - sequences)
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "llama", "messages": HELLO, "max_tokens": 12, "ignore_eos": True, **fields}
+
+
+def test_the_steps_of_concurrent_requests_say_exactly_what_usage_says(engines: Engines) -> None:
+    def ask(number: int) -> tuple[str, dict[str, Any]]:
+        words = [{"role": "user", "content": f"{number} tell me a story " * (number + 1)}]
+        streamed: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if number % 2 else {}
+        body = chat(messages=words, max_tokens=8 + number, **streamed)
+        answer = engines.proxy.post("/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+        told = events(answer.text)[-2] if streamed else answer.json()
+        return answer.headers["X-Request-Id"], told["usage"]
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = list(pool.map(ask, range(12)))
+    for id, usage in asked:
+        assert computed(engines, id, expected_tokens(usage)) == expected_tokens(usage)
+        contexts = [work["context"] for work in steps_of(engines, id)]
+        assert contexts == sorted(contexts)
+        assert contexts[-1] == usage["total_tokens"] - 1
+        receipt = until_settled(engines, id)
+        assert receipt["method"] == "measured-steps"
+        assert receipt["energy_joules"] > 0
+
+
+def test_a_prompt_that_is_cached_is_not_work(engines: Engines) -> None:
+    words = [{"role": "user", "content": "the very same long prompt, again and again; " * 12}]
+    body = chat(messages=words)
+    first = engines.proxy.post("/v1/chat/completions", body)
+    second = engines.proxy.post("/v1/chat/completions", body)
+    usage = second.json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+    for answer in (first, second):
+        expected = expected_tokens(answer.json()["usage"])
+        assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
+
+
+def test_several_sequences_and_several_prompts_belong_to_one_receipt(engines: Engines) -> None:
+    several = engines.proxy.post("/v1/chat/completions", chat(n=3))
+    expected = expected_tokens(several.json()["usage"], sequences=3)
+    assert computed(engines, several.headers["X-Request-Id"], expected) == expected
+    prompts = {"model": "llama", "prompt": ["one two", "three"], "max_tokens": 5, "ignore_eos": True}
+    answer = engines.proxy.post("/v1/completions", prompts)
+    usage = answer.json()["usage"]
+    expected = usage["prompt_tokens"] + usage["completion_tokens"] - 2
+    assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
+    assert settled(engines, answer)["method"] == "measured-steps"
+
+
+def test_classification_reports_every_input(engines: Engines) -> None:
+    body = {"model": "bert", "input": ["what a film", "no", "never again, please, never again"]}
+    answer = engines.proxy.post("/classify", body)
+    assert [row["label"] in {"POSITIVE", "NEGATIVE"} for row in answer.json()["data"]] == [True] * 3
+    id = answer.headers["X-Request-Id"]
+    prompt = answer.json()["usage"]["prompt_tokens"]
+    assert computed(engines, id, prompt) == prompt
+    assert len(steps_of(engines, id)) == 3
+    assert settled(engines, answer)["method"] == "measured-steps"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hello there", "max_output_tokens": 5}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 5}),
+    ],
+)
+def test_other_dialects_are_attributed_by_their_steps_too(engines: Engines, path: str, body: dict[str, Any]) -> None:
+    answer = engines.proxy.post(path, {"model": "llama", **body})
+    usage = answer.json()["usage"]
+    expected = usage["input_tokens"] + usage["output_tokens"] - 1
+    assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
+    receipt = settled(engines, answer)
+    assert receipt["method"] == "measured-steps"
+    assert receipt["energy_joules"] > 0
+
+
+def test_what_the_engine_can_goes_through_untouched(engines: Engines) -> None:
+    answer = engines.client.chat.completions.create(
+        model="llama",
+        messages=[{"role": "user", "content": "yes or no?"}],
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert answer.choices[0].message.content in {"yes", "no"}
+    assert answer.choices[0].logprobs
+    count = engines.proxy.post("/tokenize", {"model": "llama", "prompt": "hello"}).json()
+    assert count["count"] == len(count["tokens"])
+    back = engines.proxy.post("/detokenize", {"model": "llama", "tokens": count["tokens"]})
+    assert back.json()["prompt"] == "hello"
+
+
+def test_an_errors_code_is_openais(engines: Engines) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        engines.client.chat.completions.create(model="llama", messages=[], max_tokens=-1)
+    assert caught.value.code is None or isinstance(caught.value.code, str)
+
+
+def test_a_client_that_leaves_frees_the_engine_and_settles_as_cancelled(engines: Engines) -> None:
+    body = chat(max_tokens=8000, stream=True)
+    with engines.proxy.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+        id = answer.headers["X-Request-Id"]
+    receipt = until_settled(engines, id)
+    assert receipt["outcome"] == "cancelled"
+    assert receipt["energy_joules"] > 0
+    assert 0 < len(steps_of(engines, id)) < 8000
+    done = settled(engines, engines.proxy.post("/v1/chat/completions", chat()))
+    assert done["outcome"] == "completed"
+    assert len(steps_of(engines, id)) < 8000
+
+
+def test_the_figures_follow_the_meter(engines: Engines) -> None:
+    """200 W flow steadily: an engine that is alone draws them while it computes, and no more than the time allows."""
+    receipt = settled(engines, engines.proxy.post("/v1/chat/completions", chat(max_tokens=200)))
+    assert 0 < receipt["parts"]["gpu"] <= 200 * receipt["duration_seconds"] + 200 * 0.1
+    engines.proxy.check_law()
+
+
+def test_an_engine_killed_in_mid_stream_is_survived(engines: Engines) -> None:
+    state = engines.proxy.node.registry.states["llama"]
+    assert state.pid
+    with engines.proxy.client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=8000, stream=True)) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.killpg(state.pid, signal.SIGKILL)
+        text = "\n".join(lines)
+    assert any("error" in event for event in events(text) if event != "[DONE]")
+    assert events(text)[-1] == "[DONE]"
+    assert energy_comment(text)["outcome"] == "failed"
+    until(lambda: engines.proxy.post("/v1/chat/completions", chat()).status_code == 503)
+    other = engines.proxy.post("/classify", {"model": "bert", "input": "still here"})
+    assert other.status_code == 200
+    until(lambda: engines.proxy.client.get("/ready").status_code == 200, STARTUP_SECONDS)
+    assert settled(engines, engines.proxy.post("/v1/chat/completions", chat()))["method"] == "measured-steps"
