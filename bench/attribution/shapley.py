@@ -44,7 +44,7 @@ def sampled(work: Floats, energy: Energy, rng: np.random.Generator, permutations
     """An unbiased estimate from shuffles of the small participants, each with its reverse. Sums to E exactly."""
     large = _large(work)
     small = np.setdiff1d(np.arange(len(work)), large)
-    orders = _orders(len(small), permutations if len(large) == 0 else 1, rng)
+    orders = _orders(len(small), permutations >> len(large), rng)
     reached = energy(_arrivals(work[small], orders, _subsets(len(large))[0] @ work[large]))
     chances = _chances(len(small), len(large))
     shares = np.empty(len(work))
