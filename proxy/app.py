@@ -31,6 +31,7 @@ from proxy.config import Config
 from proxy.energy.events import BackendState, Event
 from proxy.energy.ledger import Ledger
 from proxy.energy.receipt import Accounting, Receipt
+from proxy.errors import JoulegateError
 from proxy.export.metrics import Metrics
 from proxy.export.snapshot import OperationsSnapshot
 from proxy.meter.discover import Discovery, discover
@@ -61,7 +62,7 @@ class Node:
     """A proxy with its meters and backends: complete alone.
 
     `asgi` is what a server runs; its lifespan starts and ends everything else. `started` is set once requests can
-    come in; the models load meanwhile.
+    come in; the models load meanwhile. `failure` is why it could not start.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Node:
         """`kinds` and `discovery` put other backends and meters in the place of this machine's, for tests."""
         self.config = config
         self.started = asyncio.Event()
+        self.failure: JoulegateError | OSError | None = None
         self.specs = [model.spec() for model in config.models]
         self._kinds = kinds
         self.registry = Registry(self.specs, kinds)
@@ -112,25 +114,29 @@ class Node:
     @asynccontextmanager
     async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = self._store
-            stack.callback(store.close)
-            metrics = Metrics(self.registry.models)
-            accountant = self._accountant(stack, _Sink(store, metrics))
-            supervisor = await self._start_backends(stack, accountant)
-            sampler = await self._start_meters(stack, accountant, supervisor)
-            upstream = Upstream()
-            stack.push_async_callback(upstream.close)
-            limit = self.config.server.max_body_bytes
-            services = Services(
-                accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect
-            )
-            self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
-            metrics.watch(partial(self._snapshot, accountant, sampler, store))
-            render = metrics.render if self.config.server.metrics else None
-            self.context = Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
-            pages.state.context = self.context
+            try:
+                pages.state.context = self.context = await self._start(stack)
+            except (JoulegateError, OSError) as error:
+                self.failure = error
+                raise
             self.started.set()
             yield
+
+    async def _start(self, stack: AsyncExitStack) -> Context:
+        store = self._store
+        stack.callback(store.close)
+        metrics = Metrics(self.registry.models)
+        accountant = self._accountant(stack, _Sink(store, metrics))
+        supervisor = await self._start_backends(stack, accountant)
+        sampler = await self._start_meters(stack, accountant, supervisor)
+        upstream = Upstream()
+        stack.push_async_callback(upstream.close)
+        limit = self.config.server.max_body_bytes
+        services = Services(accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect)
+        self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
+        metrics.watch(partial(self._snapshot, accountant, sampler, store))
+        render = metrics.render if self.config.server.metrics else None
+        return Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
 
     def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
         energy = self.config.energy
