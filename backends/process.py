@@ -18,6 +18,7 @@ from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE
 _KEPT_LINES = 200
 _LINE_CHARACTERS = 2000
 _CHUNK_BYTES = 65_536
+_ENDING_SECONDS = 1.0
 
 _SECRET = re.compile(r"^JOULEGATE_|KEY|TOKEN|SECRET|PASSW|CREDENTIAL|COOKIE|_DSN$|DATABASE_URL", re.IGNORECASE)
 #: Secret by their names, yet what an engine needs to fetch a gated model.
@@ -77,11 +78,20 @@ class BackendProcess:
         return self._logs.lines[-1] if self._logs.lines else ""
 
     async def ended(self) -> str:
-        """Wait until it has ended of itself; then why, in one line."""
-        code = await self._process.wait()
-        self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory
-        await self._logs_end()
-        return f"{_ending(code)}: {cause}" if (cause := cause_in(self._logs.lines)) else _ending(code)
+        """Wait until it has ended of itself; then how, in a few words."""
+        return _ending(await self._process.wait())
+
+    async def cause(self) -> str:
+        """How it ended and why, as far as its log tells, if it has just ended of itself; "" while it runs on."""
+        with contextlib.suppress(TimeoutError):
+            # One that is killed hangs up a while before it is gone.
+            code = await asyncio.wait_for(self._process.wait(), _ENDING_SECONDS)
+            self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
+            await self._logs_end()
+            # Killed from outside, it did not say why: its last line is about something else.
+            cause = cause_in(self._logs.lines, any_line=code >= 0)
+            return f"{_ending(code)}: {cause}" if cause else _ending(code)
+        return ""
 
     async def stop(self, grace_seconds: float) -> None:
         """End it and all it started: politely, then for certain."""
@@ -166,12 +176,15 @@ _HOLLOW = re.compile(r"root cause|initialization failed|see (?:the )?(?:logs?|st
 _LABEL = re.compile(r"^(?:ERROR|CRITICAL|FATAL):?\s+")
 
 
-def cause_in(lines: Sequence[str]) -> str:
-    """Why a process failed, as far as the end of its log tells: one line, "" if it said nothing."""
+def cause_in(lines: Sequence[str], *, any_line: bool = True) -> str:
+    """Why a process failed, as far as the end of its log tells: one line, "" if it said nothing.
+
+    Without an error among the lines it is the last one, if `any_line` will do.
+    """
     exceptions = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
     errors = [line for line in lines if level_of(line) >= logging.ERROR]
     for candidates in (exceptions, errors):
         telling = [line for line in candidates if ":" in line and not _HOLLOW.search(line)]
         if telling:
             return _LABEL.sub("", telling[-1].strip())
-    return lines[-1].strip() if lines else ""
+    return lines[-1].strip() if lines and any_line else ""

@@ -138,17 +138,27 @@ class Supervisor:
         except Exception:
             logger.exception("%s: a listener to its status failed", status.name)
 
-    async def healthy(self, url: str, *, any_answer: bool = False) -> str:
-        """Ask for a backend's health: "" if it is well, else what is wrong."""
+    async def health(self, url: str, *, any_answer: bool = False) -> "_Health":
+        """Ask for a backend's health."""
         assert self._client is not None
         try:
             async with self._client.get(url, allow_redirects=False) as response:
                 fine = response.status < 500 if any_answer else response.status == 200
-                return "" if fine else f"answers its health check with status {response.status}"
+                return _Health("" if fine else f"answers its health check with status {response.status}")
         except TimeoutError:
-            return f"does not answer its health check within {self._pace.health_timeout:g} s"
+            return _Health(f"does not answer its health check within {self._pace.health_timeout:g} s")
+        except aiohttp.ClientConnectorError as error:
+            return _Health(f"does not answer at {url}: {error.strerror or error}", gone=True)
         except (aiohttp.ClientError, OSError) as error:
-            return f"does not answer at {url}: {error or type(error).__name__}"
+            return _Health(f"does not answer at {url}: {error or type(error).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """What is wrong with a backend, "" if nothing is; `gone` if nobody listens there at all."""
+
+    error: str
+    gone: bool = False
 
 
 class _Backend:
@@ -163,6 +173,7 @@ class _Backend:
         self._pace = supervisor.pace
         self._kinds = kinds
         self._starts = 0
+        self._told = ""
 
     async def keep(self) -> None:
         """Run it, again and again, until cancelled."""
@@ -210,7 +221,9 @@ class _Backend:
         self._change(pid=process.pid, reports_steps=launch.reports_steps)
         url = f"http://127.0.0.1:{port}"
         try:
-            self._down(await _first_of(process.ended(), self._serve(process, url, launch.health_path)))
+            error = await _first_of(process.ended(), self._serve(process, url, launch.health_path))
+            fallen = self._fall(error)  # at once: nobody must be sent there while we find out why
+            self._down(await process.cause() or error, fallen)
         except asyncio.CancelledError:
             self._change(state="stopped", url=None)
             raise
@@ -229,7 +242,7 @@ class _Backend:
     async def _until_ready(self, process: BackendProcess, health: str) -> bool:
         began = time.monotonic()
         delay, told = self._pace.poll, 5.0
-        while await self._supervisor.healthy(health):
+        while (await self._supervisor.health(health)).error:
             waited = time.monotonic() - began
             if waited > self._spec.startup_seconds:
                 return False
@@ -241,14 +254,14 @@ class _Backend:
         return True
 
     async def _until_sick(self, health: str, *, any_answer: bool = False) -> str:
-        failures, error = 0, ""
-        while failures < self._pace.hung_after:
+        failures, found = 0, _Health("")
+        while failures < self._pace.hung_after and not found.gone:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.doubted.wait(), self._pace.watch)
             self.doubted.clear()
-            error = await self._supervisor.healthy(health, any_answer=any_answer)
-            failures = failures + 1 if error else 0
-        return error
+            found = await self._supervisor.health(health, any_answer=any_answer)
+            failures = failures + 1 if found.error else 0
+        return found.error
 
     # --- somebody else's server ---
 
@@ -256,7 +269,7 @@ class _Backend:
         url = (self._spec.url or "").rstrip("/").removesuffix("/v1")
         # Not every OpenAI-compatible server has /health: any answer but a server's error shows that it is there.
         health = url + "/health"
-        error = await self._supervisor.healthy(health, any_answer=True)
+        error = (await self._supervisor.health(health, any_answer=True)).error
         if not error:
             self._up(url)
             error = await self._until_sick(health, any_answer=True)
@@ -267,13 +280,23 @@ class _Backend:
     def _up(self, url: str) -> None:
         self.ready.set()
         self._change(state="ready", url=url, error=None)
+        self._told = ""
         logger.info("%s: ready", self._spec.name)
 
-    def _down(self, error: str) -> None:
-        level = logging.DEBUG if error == self.status.error else logging.ERROR  # said once, not at every try
-        logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
-        self._change(state="restarting" if self.ready.is_set() else "failed", url=None, error=error)
+    def _fall(self, error: str) -> State:
+        """It does not serve any more; the state it is in now."""
+        state: State = "restarting" if self.ready.is_set() else "failed"
         self.ready.clear()
+        known = self.status.error  # of an earlier start, and better than what is known of this one's end so far
+        self._change(state=state, url=None, error=known or error)
+        return state
+
+    def _down(self, error: str, state: State | None = None) -> None:
+        state = state or self._fall(error)
+        level = logging.DEBUG if error == self._told else logging.ERROR  # said once, not at every try
+        logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
+        self._told = error
+        self._change(state=state, url=None, error=error)
 
     def mark_unwatched(self) -> None:
         self._change(reports_steps=False)

@@ -189,6 +189,11 @@ class Accountant:
             self.refused_events += 1
             log.warning("the ledger refused an event: %s", error)
             return
+        except Exception:
+            # A defect of ours must not take an answer away from a client; the law's metric would show it.
+            self.refused_events += 1
+            log.exception("the ledger failed on a %s", type(event).__name__)
+            return
         if self._record is not None:
             self._record((event,))
 

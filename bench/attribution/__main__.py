@@ -29,16 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no scenario is called {options.only}", file=sys.stderr)
         return 2
     begun = perf_counter()
-    load_results, hard_results = _run(loads), _run(hard)
+    failed: dict[str, str] = {}
+    load_results, hard_results = _run(loads, failed), _run(hard, failed)
     print(NOTE, end="\n\n")
     if load_results:
         print(main_tables(load_results))
     if hard_results:
         print(stress_table(hard_results))
+    for name, reason in failed.items():
+        print(f"FAILED: {name}: {reason}")
     print(f"{perf_counter() - begun:.0f} s")
     if options.json is not None:
-        options.json.write_text(json.dumps(_document(options, load_results, hard_results), indent=1) + "\n")
-    return 0
+        document = _document(options, load_results, hard_results) | {"failed": failed}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,11 +59,15 @@ def _chosen(scenarios: list[Scenario], options: argparse.Namespace) -> list[Scen
     return [replace(scenario, seed=options.seed) for scenario in wanted]
 
 
-def _run(scenarios: list[Scenario]) -> list[Result]:
+def _run(scenarios: list[Scenario], failed: dict[str, str]) -> list[Result]:
+    """A scenario that fails is named in `failed`: it must not take the others' figures with it."""
     results = []
     for scenario in scenarios:
         print(f"{scenario.name} ...", file=sys.stderr, flush=True)
-        results.append(evaluate(scenario))
+        try:
+            results.append(evaluate(scenario))
+        except Exception as error:
+            failed[scenario.name] = f"{type(error).__name__}: {error}"
     return results
 
 

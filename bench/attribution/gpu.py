@@ -106,15 +106,17 @@ class StepPhysics:
         """(seconds, joules) of sets of sequences, from the sums of their work: shape (..., columns) to (...)."""
         gemm, attention, memory = self._times(sums)
         overhead = self.gpu.launch_seconds + self.gpu.sequence_seconds * sums[..., COUNT]
-        seconds = overhead + self._roof(gemm, attention, memory)
         static = self.gpu.active_watts * warmth
-        clock = self._clock((gemm + attention) / seconds, memory / seconds, static)
-        if np.any(clock < 1.0):
+        seconds = overhead + self._roof(gemm, attention, memory)
+        compute_watts = self._compute_watts((gemm + attention) / seconds)
+        memory_watts = self._memory_watts(memory / seconds)
+        if np.max(compute_watts + memory_watts) > self.gpu.cap_watts - static:
+            clock = self._clock(compute_watts, memory_watts, static)
             gemm, attention = gemm / clock, attention / clock
             seconds = overhead + self._roof(gemm, attention, memory)
-        busy = np.minimum((gemm + attention) / seconds, 1.0)
-        watts = static + self._compute_watts(busy) * clock**CLOCK_EXPONENT + self._memory_watts(memory / seconds)
-        return seconds, seconds * watts
+            compute_watts = self._compute_watts((gemm + attention) / seconds) * clock**CLOCK_EXPONENT
+            memory_watts = self._memory_watts(memory / seconds)
+        return seconds, seconds * (static + compute_watts + memory_watts)
 
     def joules(self, sums: Floats, warmth: float = 1.0) -> Floats:
         """E(S) of sets of sequences; the empty set costs nothing, for there is no step then."""
@@ -140,8 +142,7 @@ class StepPhysics:
     def _memory_watts(self, busy: Floats) -> Floats:
         return np.asarray(self.gpu.memory_watts * np.minimum(busy, 1.0) ** POWER_EXPONENT)
 
-    def _clock(self, compute: Floats, memory: Floats, static: float) -> Floats:
+    def _clock(self, compute_watts: Floats, memory_watts: Floats, static: float) -> Floats:
         """The clock (1 is full) at which the step stays within the power cap."""
-        dynamic = np.maximum(self._compute_watts(compute), 1e-9)
-        room = np.maximum(self.gpu.cap_watts - static - self._memory_watts(memory), 0.0)
-        return np.clip((room / dynamic) ** (1 / CLOCK_EXPONENT), LOWEST_CLOCK, 1.0)
+        room = np.maximum(self.gpu.cap_watts - static - memory_watts, 0.0)
+        return np.clip((room / np.maximum(compute_watts, 1e-9)) ** (1 / CLOCK_EXPONENT), LOWEST_CLOCK, 1.0)

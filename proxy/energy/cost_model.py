@@ -1,4 +1,4 @@
-"""The cost models of all backends on one device: their steps' energies are fitted together, for they share its windows."""
+"""The cost models of all backends on one device: fitted together, for they share its windows."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from proxy.energy.fit import OnlineFit
 from proxy.energy.intervals import split_error
-from proxy.energy.pending import Floats, Steps
+from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, StepModel
 
@@ -40,6 +40,8 @@ class _Span:
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
+_LITTLE = 0.01
+_NOTICEABLE = 0.05
 
 
 class CostModels:
@@ -50,17 +52,19 @@ class CostModels:
         self._order: list[int] = []  # the place of each backend's coefficients in the joint fit
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
+        self._recent_watts: float | None = None
         self._windows = 0
         self._rows: list[tuple[Floats, float, float]] = []  # windows not yet taken into the fit
-        self._looks = 0
+        self._batches = 0
         self._span = _Span()
         self.window_error = 0.3
         self.version = 0
         """Prices of one version are the same."""
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
-        """Begin with these coefficients: a prior, or what was learnt before."""
-        self._models[backend] = StepModel(coefficients)
+        """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
+        if backend not in self._order:
+            self._models[backend] = StepModel(coefficients)
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
@@ -88,6 +92,8 @@ class CostModels:
         for backend, some in _by_backend(steps):
             model = self._model(backend)
             joules = model.price(some, self._energy(backend, model, some, idle_watts))
+            if model.seconds is None:  # its guess has a shape but no scale
+                joules *= _as_long(some, joules, self.busy_watts(idle_watts))
             prices[_entries(steps, backend, some)] = joules * 1e6
         by_time = timed > 0
         if by_time.any():
@@ -97,14 +103,25 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
+    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
+        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
+        model = self._models.get(step.backend)
+        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
+            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
+        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+
+    def _fitted(self, backend: int) -> Floats:
+        assert self._fit is not None
+        place = self._order.index(backend) * _SIZE
+        return self._fit.coefficients[place : place + _SIZE]
+
     def _model(self, backend: int) -> StepModel:
         return self._models.setdefault(backend, StepModel())
 
     def _energy(self, backend: int, model: StepModel, steps: Steps, idle_watts: float | None) -> Floats:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
-            place = self._order.index(backend) * _SIZE
-            return self._fit.coefficients[place : place + _SIZE]
+            return self._fitted(backend)
         if model.energy_prior is None:
             return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
         return model.energy_prior
@@ -113,16 +130,15 @@ class CostModels:
 
     def learn_durations(self, steps: Steps) -> None:
         """From these steps' timestamps; once there were many, from one batch of steps in four."""
-        self._looks += 1
-        if self._windows > _EAGER_WINDOWS and self._looks % _SELDOM:
+        self._batches += 1
+        if self._windows > _EAGER_WINDOWS and self._batches % _SELDOM:
             return
         for backend, some in _by_backend(steps):
-            self._model(backend).learn_durations(some)
+            if self._model(backend).learn_durations(some):
+                self.version += 1
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
-        """A window of `length` ns in which these parts of steps ran, together for `busy` ns, on `energy` µJ (no idle)."""
-        watts = energy / busy * 1e3
-        self._follow_power(watts, busy)
+        """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
         works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
         for backend, (work, _) in works.items():
             if backend not in self._order:
@@ -135,7 +151,7 @@ class CostModels:
             row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
         joules = energy / 1e6
         edges = 2 if busy < length else 0
-        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * joules / busy * 1e9)
         self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
         self._rows.append((row, joules, sigma))
         self._windows += 1
@@ -158,17 +174,24 @@ class CostModels:
             self._fit.add(np.array(rows), np.array(joules), np.array(sigmas))
             self._rows.clear()
 
-    def _follow_power(self, watts: float, busy: int) -> None:
-        old = watts if self._busy_watts is None else self._busy_watts
-        self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+    def learn_power(self, energy: float, busy: int) -> None:
+        """Steps ran for `busy` ns of a window and used `energy` µJ. Prices change when that has moved noticeably."""
+        watts = energy / busy * 1e3
+        old = watts if self._recent_watts is None else self._recent_watts
+        self._recent_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+        if self._busy_watts is None or abs(self._recent_watts / self._busy_watts - 1) > _NOTICEABLE:
+            self._busy_watts = self._recent_watts
+            self.version += 1
 
     def _join(self, backend: int, steps: Steps) -> None:
         """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
         model = self._models[backend]
+        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
         if model.energy_prior is None:
-            model.energy_prior = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
-        prior = np.maximum(model.energy_prior, 1e-9 * model.energy_prior.max())
-        doubt = model.energy_doubt
+            model.energy_prior = guess
+        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
+        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
+        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
         self._add_rows()
         self._order.append(backend)
         if self._fit is None:
@@ -208,11 +231,16 @@ class CostModels:
         model = self._models.get(backend)
         if model is None or self._fit is None or backend not in self._order:
             return {}
-        place = self._order.index(backend) * _SIZE
-        energy = self._fit.coefficients[place : place + _SIZE]
+        energy = self._fitted(backend)
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}
+
+
+def _as_long(steps: Steps, joules: Floats, watts: float) -> Floats:
+    """By entry, the factor that makes each step's joules those of so many watts for as long as it took."""
+    factor: Floats = (watts * (steps.ended - steps.started) / 1e9 / steps.per_step(joules))[steps.owner]
+    return factor
 
 
 def _chosen(steps: Steps, backend: int) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":

@@ -12,7 +12,7 @@ from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.intervals import Doubts, interval
 from proxy.energy.lag import LagEstimate
-from proxy.energy.pending import TOKENS, Bools, Floats, PendingSteps, Steps
+from proxy.energy.pending import TOKENS, Alone, Bools, Floats, New, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.spans import LoadingSpans, UseSpans
@@ -23,6 +23,7 @@ from proxy.energy.timeline import Timeline, Window
 _NO_FOREIGN = 0.01
 #: The proxy's own part of a busy device's power, where CPU time does not tell.
 _PROXY_PART = 0.05
+_LARGE_BATCH = 64
 
 
 class DeviceBook:
@@ -33,6 +34,7 @@ class DeviceBook:
         self.pending_steps = PendingSteps()
         self.uses, self.loading = UseSpans(), LoadingSpans()
         self.tallies = Tallies(registry.capacity)
+        registry.follow(self.tallies)
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
@@ -40,7 +42,7 @@ class DeviceBook:
         self._backend_names = backend_names  # grows as backends become known
         self._timeline, self._lag = Timeline(), LagEstimate()
         self._models, self._idle, self._hour = CostModels(), IdlePower(), LastHour()
-        self._prices_version = 0
+        self._prices_version = (0, False)
         self._requests = self._idle_energy = self._foreign = self._unattributed = self._pending = 0
         self._last_work = NEVER
 
@@ -60,12 +62,10 @@ class DeviceBook:
         new = self.pending_steps.take_new()
         if not len(new):
             return
-        self.tallies.grow(self._registry.capacity)
-        self._models.learn_durations(new.where(~_is_timed(new)))
         new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
-        self._lag.ran(new)
         self._await(new)
+        self.tallies.last_price[new.slot], self.tallies.last_tokens[new.slot] = new.predicted, new.tokens
         np.minimum.at(self.tallies.first_start, new.slot, new.started[new.owner])
         np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
 
@@ -95,13 +95,17 @@ class DeviceBook:
         """Divide the oldest window, for good."""
         window = self.windows.popleft()
         self.look()
-        use = self.uses.during(window.start, window.end)
-        scene = scene_of(window, self.pending_steps.steps, self.loading, use)
+        scene = self._scene(window)
         self._learn(scene)
+        if self._reprice():
+            scene = self._scene(window)
         if window.energy:
             self._divide(scene)
         self._consume(scene)
-        self._reprice()
+
+    def _scene(self, window: Window) -> Scene:
+        use = self.uses.during(window.start, window.end)
+        return scene_of(window, self.pending_steps.steps, self.loading, use)
 
     def _divide(self, scene: Scene) -> None:
         prices = scene.steps.predicted * scene.part[scene.steps.owner]
@@ -119,7 +123,6 @@ class DeviceBook:
         self._foreign += division.foreign
         self._unattributed += unattributed
         self._pending -= scene.window.energy
-        self.tallies.grow(self._registry.capacity)
         self.tallies.active[1 : len(slots)] += slots[1:]
         self._hour.add(scene.window.end, division.idle, requests, scene.busy)
 
@@ -131,8 +134,9 @@ class DeviceBook:
         if not len(steps):
             return
         split = self._models.split_error(steps)
-        tallies.split[:used] += split * division.slots * (1 - division.slots / window.energy)
-        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2
+        others = 1 - division.slots / window.energy  # what is all one's own leaves no doubt
+        tallies.split[:used] += split * division.slots * others
+        tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
         if self._idle.watts:
             lengths = scene.part * (steps.ended - steps.started)
             each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
@@ -152,21 +156,27 @@ class DeviceBook:
         self.uses.drop_until(scene.window.end)
         self.loading.drop_until(scene.window.end)
 
-    def _reprice(self) -> None:
-        """The models have learnt: what is awaited is predicted anew."""
-        if self._prices_version == self._models.version:
-            return
-        self._prices_version = self._models.version
+    def _reprice(self) -> bool:
+        """If something was learnt, predict anew what is awaited."""
+        version = (self._models.version, self._idle.watts is not None)
+        if self._prices_version == version:
+            return False
+        self._prices_version = version
         steps, tallies = self.pending_steps.steps, self.tallies
         tallies.awaited[:] = 0.0
         if len(steps):
             steps.predicted[:] = self._price(steps)
             np.add.at(tallies.awaited, steps.slot, steps.predicted * (1 - self._settled_part(steps))[steps.owner])
+        return True
 
     # --- learning ---
 
     def _learn(self, scene: Scene) -> None:
+        """Learning happens here only, window by window: what is asked meanwhile must not change what is learnt."""
         window = scene.window
+        begun = scene.steps.where(scene.steps.started >= window.start)
+        self._models.learn_durations(begun.where(~_is_timed(begun)))
+        self._lag.ran(begun)
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
         if self._models.knows_costs:
@@ -186,10 +196,11 @@ class DeviceBook:
     def _learn_costs(self, scene: Scene) -> None:
         window, steps = scene.window, scene.steps
         timed = _is_timed(steps)
-        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
-            return
         energy = window.energy - self._idle_watts() * scene.gap / 1e3
-        if energy > 0:
+        if energy <= 0:
+            return
+        self._models.learn_power(energy, scene.busy)
+        if not timed.all() and not (timed & (steps.backend != PROXY_INDEX)).any():
             self._models.learn_energy(steps.where(~timed), scene.part[~timed], energy, scene.busy, window.length)
 
     def _idle_watts(self) -> float:
@@ -210,9 +221,8 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        self.tallies.grow(self._registry.capacity)
-        tally = self.tallies.of(slot)
-        tail = 0.0 if settled else max(tally.awaited, 0.0)
+        tally, unseen = self._glance(slot)
+        tail = 0.0 if settled else max(tally.awaited, 0.0) + unseen
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
@@ -224,6 +234,41 @@ class DeviceBook:
             full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
             meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
         )
+
+    def _glance(self, slot: int) -> tuple[Tally, float]:
+        """A request's figures so far, and what is predicted for steps that nobody has looked at yet.
+
+        A look at those prices a whole batch, which is dear for one figure; so it is spared where all are the request's
+        alone, or a continuation of what it did in its last step, in a batch so large that it hardly changes.
+        """
+        tally, new = self.tallies.of(slot), self.pending_steps.new_of(slot)
+        if new is None:
+            return tally, 0.0
+        predicted = None if new.first_start < (self.settled_until or NEVER) else self._predict(new, tally)
+        if predicted is None:
+            self.look()
+            return self.tallies.of(slot), 0.0
+        first_start, last_end = min(tally.first_start, new.first_start), max(tally.last_end, new.last_end)
+        return tally._replace(first_start=first_start, last_end=last_end), predicted
+
+    def _predict(self, new: New, tally: Tally) -> float | None:
+        if new.alone is not None:
+            return sum(map(self._price_alone, new.alone))
+        if (
+            new.batch >= _LARGE_BATCH
+            and tally.last_price > 0
+            and all(tokens == tally.last_tokens for tokens in new.tokens)
+        ):
+            return tally.last_price * len(new.tokens)
+        return None
+
+    def _price_alone(self, step: Alone) -> float:
+        timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
+        return self._models.price_alone(step, timed, self._idle.watts)
+
+    def touched(self, slot: int) -> bool:
+        """Whether the request had a step on this device."""
+        return self.tallies.touched(slot) or self.pending_steps.has_new(slot)
 
     def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
         return Doubts(

@@ -86,7 +86,7 @@ def _unused(scene: Scene, idle_watts: float | None) -> tuple[float, float]:
 
 
 def _shared(scene: Scene, predicted: float, idle_watts: float) -> tuple[float, float, float, float]:
-    """Idle, foreign, loading and our steps' parts. The window's mean power is what a loading backend is taken to draw."""
+    """Idle, foreign, loading and our steps' parts. A loading backend is taken to draw the mean power."""
     energy = scene.window.energy
     mean = energy / scene.window.length
     idle = min(idle_watts / 1e3, mean) * scene.gap if not predicted else idle_watts / 1e3 * scene.gap
@@ -99,7 +99,7 @@ def _shared(scene: Scene, predicted: float, idle_watts: float) -> tuple[float, f
 
 
 def priced_by_processes(scene: Scene, prices: Floats, backends: Sequence[str]) -> Floats:
-    """Where CPU time tells each backend's part of a window, that prices the split between them; `prices` does within."""
+    """Where CPU time tells each backend's part of a window, that prices the split between them."""
     shares = scene.use.backends
     if not shares or not len(scene.steps):
         return prices

@@ -7,6 +7,8 @@ from proxy.energy.pending import Floats
 #: Beyond so many times the usual deviation a row is an outlier: the further off it is, the less it pulls.
 _OUTLIER = 2.5
 _LEAST_SPREAD, _SPREAD_SPEED = 0.1, 0.02
+#: Below this a coefficient is nothing, in any unit (and its square would not be a number any more).
+_LEAST_PRIOR = 1e-60
 #: The first rows are all believed: the prior may be what is wrong.
 _TRUSTING_ROWS = 20
 
@@ -28,6 +30,7 @@ class OnlineFit:
 
     def widen(self, prior: Floats, doubt: Floats) -> None:
         """More coefficients, of which only a prior is known."""
+        prior = np.maximum(prior, _LEAST_PRIOR)
         size, more = len(self._prior), len(prior)
         normal, moment = np.zeros((size + more, size + more)), np.zeros(size + more)
         normal[:size, :size], moment[:size] = self._normal, self._moment
@@ -72,7 +75,8 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
     unbounded = _solved(normal, moment)
     if (unbounded >= 0).all():
         return unbounded
-    theta, free = np.zeros(size), np.zeros(size, dtype=bool)
+    theta: Floats = np.zeros(size)
+    free = np.zeros(size, dtype=bool)
     for _ in range(3 * size):
         gradient = moment - normal @ theta
         gradient[free] = 0.0
@@ -87,16 +91,16 @@ def non_negative(normal: Floats, moment: Floats) -> Floats:
 def _solved(normal: Floats, moment: Floats) -> Floats:
     """N⁻¹·m; the shortest solution where rows far apart in size have left N without full rank."""
     try:
-        solution = np.linalg.solve(normal, moment)
+        solution: Floats = np.linalg.solve(normal, moment).astype(np.float64)
     except np.linalg.LinAlgError:
-        solution = np.linalg.lstsq(normal, moment, rcond=None)[0]
-    return solution.astype(np.float64)
+        solution = np.linalg.lstsq(normal, moment, rcond=None)[0].astype(np.float64)
+    return solution
 
 
 def _walk(normal: Floats, moment: Floats, theta: Floats, free: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
     """To the minimum over the free coefficients, or to where the first of them becomes 0, and on from there."""
     while free.any():
-        goal = np.zeros(len(theta))
+        goal: Floats = np.zeros(len(theta))
         goal[free] = _solved(normal[np.ix_(free, free)], moment[free])
         blocked = free & (goal <= 0)
         if not blocked.any():

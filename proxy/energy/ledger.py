@@ -57,6 +57,7 @@ SETTLE_AFTER = Nanoseconds(30_000_000_000)
 GRACE = Nanoseconds(500_000_000)
 #: How long a window waits for news of other processes on a device that has had such news before.
 _PROCESSES_GRACE = 1_500_000_000
+_LOOK_EVERY = 200_000_000
 _DUPLICATES_REMEMBERED = 64
 _RANK: dict[Method, int] = {method: rank for rank, method in enumerate(METHODS)}
 
@@ -101,6 +102,7 @@ class Ledger:
         self._announced = known_only
         self._settle_after = settle_after
         self._now = NEVER
+        self._looked_at = NEVER  # when time-outs of waiting requests were last looked after
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
         self._backends: dict[str, _Backend] = {}
@@ -125,7 +127,8 @@ class Ledger:
         """Let time-outs act: it is `now`."""
         self._pass(now)
         self._settle_windows()
-        self._settle_waiting()
+        if self._now - self._looked_at >= _LOOK_EVERY:
+            self._settle_waiting()
 
     def close(self) -> None:
         """The end: everything settles with what was measured; what has no finish is `unfinished`."""
@@ -366,6 +369,7 @@ class Ledger:
             self._settle_waiting()
 
     def _settle_waiting(self, *, everything: bool = False) -> None:
+        self._looked_at = self._now
         for request in list(self._waiting.values()):
             if everything or self._is_done(request):
                 self._settle(request)
@@ -396,7 +400,7 @@ class Ledger:
         return {
             name: book
             for name, book in self._devices.items()
-            if book.settled_until is not None and (name in names or book.tallies.touched(request.slot))
+            if book.settled_until is not None and (name in names or book.touched(request.slot))
         }
 
     def _settle(self, request: Request) -> None:
@@ -425,8 +429,6 @@ class Ledger:
         known = self._registry.open.get(request)
         if known is None:
             return next((each for each in reversed(self._settled) if each.request == request), None)
-        for book in self._devices.values():
-            book.look()
         return self._attribution(known, settled=False, at=at)
 
     def _attribution(self, request: Request, *, settled: bool, at: Nanoseconds | None = None) -> Attribution:
@@ -445,7 +447,7 @@ class Ledger:
         return {
             name: book.share(request.slot, settled=settled, lost_ratio=backend.lost_ratio(request))
             for name, book in self._devices.items()
-            if book.settled_until is not None and (book.tallies.touched(request.slot) or name in idle)
+            if book.settled_until is not None and (book.touched(request.slot) or name in idle)
         }
 
     def _method(self, request: Request, devices: dict[str, DeviceShare]) -> Method:

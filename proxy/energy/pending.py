@@ -1,6 +1,7 @@
 """The steps on one device that no settled window has consumed yet, column-wise: a window costs no Python loop."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,35 @@ Bools = npt.NDArray[np.bool_]
 PARTICIPANTS, TOKENS, ATTENTION, CONTEXT = range(4)
 
 
+class Alone(NamedTuple):
+    """A step with one participant."""
+
+    backend: int
+    started: int
+    ended: int
+    tokens: float
+    context: float
+
+
+class New(NamedTuple):
+    """What steps not looked at yet say of one slot: `alone` has its steps if all of these have one participant.
+
+    `first_start`, `last_end` and `batch`, the mean number of participants, are of all such steps, of whomever.
+    """
+
+    first_start: int
+    last_end: int
+    tokens: list[int]
+    batch: float
+    alone: list[Alone] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
 
-    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context than
-    the last one. `sums` has, by step, the number of participants and the sums of their tokens, attention and context.
+    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
+    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
@@ -117,6 +141,27 @@ class PendingSteps:
         self._tokens.extend(step.tokens or (0,))
         self._contexts.extend(step.contexts or (0,))
 
+    def has_new(self, slot: int) -> bool:
+        """Whether a step that was not taken yet names this slot."""
+        return slot in self._slot
+
+    def new_of(self, slot: int) -> New | None:
+        """This slot's part of the steps that were not taken yet; None for none."""
+        count = self._slot.count(slot)
+        if not count:
+            return None
+        places, place = list[int](), -1
+        for _ in range(count):
+            place = self._slot.index(slot, place + 1)
+            places.append(place)
+        tokens = [self._tokens[place] for place in places]
+        first, last = min(self._started), max(self._ended)
+        batch = len(self._slot) / len(self._count)
+        if batch > 1:
+            return New(first, last, tokens, batch, None)
+        columns = self._backend, self._started, self._ended, self._tokens, self._contexts
+        return New(first, last, tokens, batch, [Alone(*(column[place] for column in columns)) for place in places])
+
     def take_new(self) -> Steps:
         """The steps added since the last call; `join` is to put them to the others."""
         if not self._backend:
@@ -145,7 +190,7 @@ class PendingSteps:
     def disown(self, slot: int, heir: int) -> None:
         """Give what is left of a request's work to another account."""
         self.steps.slot[self.steps.slot == slot] = heir
-        if self._slot:
+        if slot in self._slot:
             self._slot = [heir if each == slot else each for each in self._slot]
 
 

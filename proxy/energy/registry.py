@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,12 @@ NEVER, FOREVER = -(1 << 62), 1 << 62
 _REMEMBERED = 10_000
 #: The proxy itself is a backend: its work on the host, in steps that name all requests in flight. Its index is 0.
 PROXY_BACKEND, PROXY_INDEX = "proxy", 0
+
+
+class Columns(Protocol):
+    """Something with an entry for each slot."""
+
+    def grow(self, capacity: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -41,6 +48,7 @@ class Registry:
         self.slots: dict[str, int] = {"": UNATTRIBUTED}
         self.version = 0
         """Changes when a slot does."""
+        self._followers: list[Columns] = []
         self._free: list[int] = []
         self._settled: OrderedDict[str, None] = OrderedDict()
         self.capacity = 64
@@ -87,7 +95,13 @@ class Registry:
             self.capacity *= 2
             self.started = grown(self.started, self.capacity, FOREVER)
             self.ended = grown(self.ended, self.capacity, FOREVER)
+            for columns in self._followers:
+                columns.grow(self.capacity)
         return slot
+
+    def follow(self, columns: Columns) -> None:
+        """These columns, by slot, are to grow with the registry."""
+        self._followers.append(columns)
 
 
 def grown(column: npt.NDArray[np.int64], capacity: int, fill: int) -> npt.NDArray[np.int64]:

@@ -9,7 +9,7 @@ chunk's early tokens see less). A step of n participants takes and uses
 in seconds and joules. `docs/cost-model.md` says where the coefficients come from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from proxy.energy.shapley import roofline_shares
 DURATION = ("launch", "launch_sequence", "compute_token", "compute_attention", "memory_step", "memory_context")
 ENERGY = ("step", "sequence", "token", "attention", "context", "static_watts")
 
-#: A step at which a machine turns from memory- to compute-bound, in tokens, where nothing tells (accelerators: 150-300).
+#: The tokens at which a step turns from memory- to compute-bound, where nothing tells (accelerators: 150-300).
 _KNEE = 200.0
 #: Of an unknown model: context tokens that cost as much memory traffic as the weights, and as much compute as a token.
 _MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
@@ -56,8 +56,11 @@ class StepModel:
 
     # --- durations ---
 
-    def learn_durations(self, steps: Steps) -> None:
-        """From steps' own timestamps. Steps of other backends at the same time stretch them: those do not fit."""
+    def learn_durations(self, steps: Steps) -> bool:
+        """From steps' own timestamps; whether that changed the coefficients at once.
+
+        Steps of other backends at the same time stretch them: those do not fit.
+        """
         seconds = (steps.ended - steps.started) / 1e9
         if self.seconds is None:
             guess = _duration_guess(1.0)
@@ -65,8 +68,10 @@ class StepModel:
             self.seconds = OnlineFit(guess * scale, np.full(len(DURATION), _DOUBT_GUESS), _DURATION_HORIZON)
         features = self._duration_features(steps.sums, self.seconds.coefficients)
         self.seconds.add(features, seconds, _DURATION_SIGMA * seconds)
-        if self.seconds.rows < _EAGER_STEPS:
-            self.seconds.solve()
+        if self.seconds.rows >= _EAGER_STEPS:
+            return False
+        self.seconds.solve()
+        return True
 
     @property
     def duration(self) -> Floats:
@@ -109,7 +114,7 @@ class StepModel:
         Two fifths are static, the rest goes with what bounds each side of the roofline.
         """
         _, tokens, attention, context = typical
-        d = self.duration
+        d = _floored(self.duration, _duration_guess(1.0))  # what was fitted may be 0, which would stay so
         compute = max(d[2] * tokens + d[3] * attention, 1e-12)
         memory = max(d[4] + d[5] * context, 1e-12)
         dynamic = 0.6 * watts
@@ -117,6 +122,14 @@ class StepModel:
         return np.array([
             joules * d[4], 0.1 * watts * d[1] + 1e-9 * watts, joules * d[2], joules * d[3], joules * d[5], 0.4 * watts
         ])  # fmt: skip
+
+    def price_alone(self, tokens: float, context: float, energy: Sequence[float]) -> float:
+        """Joules of a step with one participant, without any array: its share is all of it."""
+        d: list[float] = self.duration.tolist()
+        attention = tokens * max(context - (tokens - 1) / 2, 0.0)
+        seconds = d[0] + d[1] + max(d[2] * tokens + d[3] * attention, d[4] + d[5] * context)
+        work = energy[2] * tokens + energy[3] * attention + energy[4] * context
+        return energy[0] + energy[1] + work + energy[5] * seconds
 
     def price(self, steps: Steps, energy: Floats) -> Floats:
         """Joules of each participant: its Shapley value of its step's energy."""

@@ -20,18 +20,20 @@ class Tally(NamedTuple):
     noise: float
     awaited: float
     lost: float
+    last_price: float
+    last_tokens: float
 
 
 class Tallies:
     """Columns by slot. Energies are microjoules; only `active` is exact, the others describe it.
 
     `idle_part`: its equal part of the idle power while its steps ran. `meanwhile`: all the device used while it was
-    open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do not
-    explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
-    came too late. `first_start`, `last_end`: of its steps on this device.
+    open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do
+    not explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
+    came too late. `last_price`, `last_tokens`: of its latest step. `first_start`, `last_end`: of its steps here.
     """
 
-    FLOATS = ("idle_part", "meanwhile", "split", "noise", "awaited", "lost")
+    FLOATS = ("idle_part", "meanwhile", "split", "noise", "awaited", "lost", "last_price", "last_tokens")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -42,11 +44,10 @@ class Tallies:
 
     def _name(self, floats: Floats) -> None:
         self._floats = floats
-        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats
+        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats[:6]
+        self.last_price, self.last_tokens = floats[6:]
 
     def grow(self, capacity: int) -> None:
-        if capacity <= self.capacity:
-            return
         self.active = grown(self.active, capacity, 0)
         self.first_start = grown(self.first_start, capacity, FOREVER)
         self.last_end = grown(self.last_end, capacity, NEVER)
@@ -61,9 +62,8 @@ class Tallies:
 
     def of(self, slot: int) -> Tally:
         """One request's figures."""
-        return Tally(
-            int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot]), *self._floats[:, slot].tolist()
-        )  # fmt: skip
+        exact = int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot])
+        return Tally(*exact, *self._floats[:, slot].tolist())
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""

@@ -1,11 +1,12 @@
 """When a counter really ticked, between the poll that did not see the change and the one that did.
 
-Counters tick at a steady pace of their own (about 100 ms on recent GPUs). Polls see each tick late, by anything up to the
-time between two polls; taken at their word they make windows of 50 and 150 ms out of a steady 100 ms. So the pace and
+Counters tick at a steady pace of their own (about 100 ms on recent GPUs). Polls see each tick late, by anything up to
+the time between two polls; taken at their word they make windows of 50 and 150 ms of a steady 100 ms. So the pace and
 phase of the ticks are fitted to the last changes seen, and believed as far as the polls around each change allow.
 """
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,16 +14,18 @@ from proxy.energy.pending import Floats
 
 _REMEMBERED = 64
 #: With fewer changes, or when more than such a part of them fits no steady pace, polls are all we trust.
-_FEWEST = 20
-_MOST_MISFITS = 0.25
+_FEWEST = 24
+_MOST_MISFITS = 0.15
 #: A tick may be early or late by such a part of the period.
 _JITTER = 0.1
-#: Of changes that come right after another one the counter may have ticked twice: no pace can be told from many of those.
+#: Between two changes in successive polls the counter may have ticked twice: many of those tell no pace.
 _MOST_UNRESOLVED = 0.5
 _REFIT_EVERY, _RETRY_EVERY = 8, 20
-#: Paces tried about the mean gap, relative to it.
-_PACES = np.linspace(0.97, 1.03, 61)
-_TURNS = np.linspace(0.0, 1.0, 32, endpoint=False)
+#: Paces tried, relative to the mean gap, and phases in turns; then those tried about the best.
+_PACES, _TURNS = np.linspace(0.97, 1.03, 61), np.linspace(0.0, 1.0, 24, endpoint=False)
+_NEAR_PACES, _NEAR_TURNS = np.linspace(-0.001, 0.001, 7), np.linspace(-0.2, 0.2, 21)
+#: Costs that differ by less than this part of a period are as good.
+_AS_GOOD = 0.001
 
 
 class TickClock:
@@ -59,44 +62,52 @@ class TickClock:
 
     def _fit(self) -> None:
         seen = np.array(self._seen, dtype=np.float64)
-        origin = seen[0, 0]
-        before, at, resolved = seen[:, 0] - origin, seen[:, 1] - origin, seen[:, 2]
-        if resolved.mean() < 1 - _MOST_UNRESOLVED:
+        if seen[:, 2].mean() < 1 - _MOST_UNRESOLVED:
             self._steady = False
             return
-        middle = (before + at) / 2
-        guess = (self._period, self._phase - origin) if self._steady else _likely_pace(before, at)
-        period, phase = _line(middle, *guess)
-        ticks = phase + period * np.round((middle - phase) / period)
-        tolerance = _JITTER * period
-        misfits = np.mean((ticks < before - tolerance) | (ticks > at + tolerance))
-        self._steady = bool(misfits < _MOST_MISFITS)
-        self._period, self._phase = period, phase + origin
+        # Counted from the middle, period and phase do not pull at each other.
+        origin = seen[len(seen) // 2, 0]
+        changes = _Changes(seen[:, 0] - origin, seen[:, 1] - origin)
+        if not self._steady:
+            self._period, self._phase = changes.likely_pace()
+        else:
+            self._phase -= origin
+        self._period, phase = changes.refined(self._period, self._phase)
+        misfits = np.mean(changes.outside(self._period, phase) > _JITTER * self._period)
+        self._steady, self._phase = bool(misfits < _MOST_MISFITS), phase + origin
 
 
-def _likely_pace(before: Floats, at: Floats) -> tuple[float, float]:
-    """Period and phase with which most ticks fall between their polls, of those about the mean gap.
+class _Changes(NamedTuple):
+    """Spans of time in each of which the counter changed."""
 
-    Gaps in which ticks were missed are left out of the mean.
-    """
-    gaps = np.diff((before + at) / 2)
-    periods = _PACES * float(gaps[gaps < 1.7 * np.median(gaps)].mean())
-    phases = _TURNS * periods.mean()
-    late = (at - phases[:, None, None]) % periods[
-        :, None
-    ]  # (phases, periods, changes): how long after a tick it was seen
-    hits = np.mean(late < at - before, axis=2)
-    best = hits >= hits.max() - 1e-9
-    row = int(best.sum(axis=0).argmax())  # the period that leaves the phase most room, and the middle of that room
-    return float(periods[row]), _middle_of_turn(_TURNS[best[:, row]]) * float(periods.mean())
+    before: Floats
+    at: Floats
+
+    def outside(self, period: Floats | float, phase: Floats | float) -> Floats:
+        """How far from each span the nearest tick of this pace lies; of many paces, in further dimensions before."""
+        period, phase = np.asarray(period)[..., None], np.asarray(phase)[..., None]
+        ticks = phase + period * np.round(((self.before + self.at) / 2 - phase) / period)
+        distance: Floats = np.maximum(np.maximum(self.before - ticks, ticks - self.at), 0.0)
+        return distance
+
+    def likely_pace(self) -> tuple[float, float]:
+        """The best of many periods about the mean gap (gaps with missed ticks left out) and of many phases."""
+        gaps = np.diff((self.before + self.at) / 2)
+        periods = float(gaps[gaps < 1.7 * np.median(gaps)].mean()) * _PACES
+        return self._best(periods[:, None], periods[:, None] * _TURNS)
+
+    def refined(self, period: float, phase: float) -> tuple[float, float]:
+        return self._best(period * (1 + _NEAR_PACES)[:, None], phase + period * _NEAR_TURNS)
+
+    def _best(self, period: Floats, phase: Floats) -> tuple[float, float]:
+        """The middle of those paces that fit (nearly) best."""
+        cost = self.outside(period, phase).mean(axis=-1)
+        best = cost <= cost.min() + _AS_GOOD * float(period.mean())
+        period, phase = np.broadcast_arrays(period, phase)
+        if not _is_small(phase[best], period):  # on both sides of a turn
+            return float(period.flat[cost.argmin()]), float(phase.flat[cost.argmin()])
+        return float(period[best].mean()), float(phase[best].mean())
 
 
-def _middle_of_turn(turns: Floats) -> float:
-    return float(np.angle(np.exp(2j * np.pi * turns).mean())) / (2 * np.pi)
-
-
-def _line(middle: Floats, period: float, phase: float) -> tuple[float, float]:
-    """Period and phase of the line through the changes, each numbered by the nearest tick."""
-    number = np.round((middle - phase) / period)
-    slope, start = np.polyfit(number, middle, 1) if np.ptp(number) > 0 else (period, phase)
-    return float(slope), float(start)
+def _is_small(phases: Floats, period: Floats) -> bool:
+    return float(np.ptp(phases)) < 0.7 * float(period.mean())

@@ -103,11 +103,7 @@ async def test_a_killed_backend_is_restarted_and_the_others_go_on(run_dir: Path)
         assert after["other"] == before["other"]
         assert (await ask(after["chat"], "/health"))["status"] == "ok"
     down = [change for change in changes if change.name == "chat" and change.state == "restarting"]
-    assert (
-        down[0].error
-        == "killed by SIGKILL (out of memory?): INFO fake engine serves chat on port "
-        + str(before["chat"].url).rpartition(":")[2]
-    )
+    assert down[-1].error == "killed by SIGKILL (out of memory?)"
     assert down[0].url is None
 
 

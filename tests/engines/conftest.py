@@ -38,7 +38,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     patch.setenv("OMP_NUM_THREADS", "1")
     served = [
-        model("llama", models / "llama", **{"max-model-len": 1024}),
+        model("llama", models / "llama", **{"max-model-len": 8192}),
         model("bert", models / "bert", **{"max-model-len": 256, "runner": "pooling"}),
     ]
     trace = folder / "trace.jsonl"
