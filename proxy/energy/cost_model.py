@@ -108,7 +108,7 @@ class CostModels:
         model = self._models.get(step.backend)
         if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
             return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
-        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+        return step.repeat * model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None

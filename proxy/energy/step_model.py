@@ -58,6 +58,7 @@ class StepModel:
 
     def learn_durations(self, steps: Steps, seconds: Floats) -> bool:
         """From steps and how long each took; tells whether that changed the coefficients at once."""
+        seconds = seconds / steps.repeat
         if self.seconds is None:
             guess = _duration_guess(1.0)
             scale = float(np.median(seconds / self._roofline(steps.sums, guess)))
@@ -102,6 +103,7 @@ class StepModel:
         features[:, 0] = 1.0
         features[:, 1:5] = steps.sums
         features[:, 5] = self.durations(steps)
+        features *= steps.repeat[:, None]
         return features
 
     def guess_energy(self, watts: float, typical: Floats) -> Floats:
@@ -136,6 +138,7 @@ class StepModel:
         own = energy[1] + energy[5] * d[1] + energy[2] * steps.tokens
         joules: Floats = per_step[steps.owner] + own
         joules += energy[3] * steps.attention + energy[4] * steps.contexts + energy[5] * roof
+        joules *= steps.repeat[steps.owner]
         return joules
 
 
