@@ -128,13 +128,14 @@ class CostModels:
 
     # --- learning ---
 
-    def learn_durations(self, steps: Steps) -> None:
-        """From these steps' timestamps; once there were many, from one batch of steps in four."""
+    def learn_durations(self, steps: Steps, lengths: Floats) -> None:
+        """From these steps and how many nanoseconds each took; once there were many, from one such batch in four."""
         self._batches += 1
         if self._windows > _EAGER_WINDOWS and self._batches % _SELDOM:
             return
         for backend, some in _by_backend(steps):
-            if self._model(backend).learn_durations(some):
+            chosen = slice(None) if some is steps else _chosen(steps, backend)
+            if self._model(backend).learn_durations(some, lengths[chosen] / 1e9):
                 self.version += 1
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:

@@ -66,6 +66,11 @@ class Steps:
         """Participants of each step."""
         return self.sums[:, PARTICIPANTS]
 
+    @property
+    def lengths(self) -> Floats:
+        """Nanoseconds of each step."""
+        return (self.ended - self.started).astype(np.float64)
+
     def overlap(self, start: int, end: int) -> Ints:
         """Nanoseconds that each step spent between `start` and `end`."""
         overlap: Ints = np.maximum(np.minimum(self.ended, end) - np.maximum(self.started, start), 0)

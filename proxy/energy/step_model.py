@@ -56,12 +56,8 @@ class StepModel:
 
     # --- durations ---
 
-    def learn_durations(self, steps: Steps) -> bool:
-        """From steps' own timestamps; whether that changed the coefficients at once.
-
-        Steps of other backends at the same time stretch them: those do not fit.
-        """
-        seconds = (steps.ended - steps.started) / 1e9
+    def learn_durations(self, steps: Steps, seconds: Floats) -> bool:
+        """From steps and how long each took; tells whether that changed the coefficients at once."""
         if self.seconds is None:
             guess = _duration_guess(1.0)
             scale = float(np.median(seconds / self._roofline(steps.sums, guess)))
