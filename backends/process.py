@@ -18,6 +18,7 @@ from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE
 _KEPT_LINES = 200
 _LINE_CHARACTERS = 2000
 _CHUNK_BYTES = 65_536
+_ENDING_SECONDS = 1.0
 
 _SECRET = re.compile(r"^JOULEGATE_|KEY|TOKEN|SECRET|PASSW|CREDENTIAL|COOKIE|_DSN$|DATABASE_URL", re.IGNORECASE)
 #: Secret by their names, yet what an engine needs to fetch a gated model.
@@ -81,13 +82,16 @@ class BackendProcess:
         return _ending(await self._process.wait())
 
     async def cause(self) -> str:
-        """Why it ended, as far as its log tells: "" while it runs, or if it said nothing."""
-        if self._process.returncode is None:
-            return ""
-        self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
-        await self._logs_end()
-        # Killed from outside, it did not say why: its last line is about something else.
-        return cause_in(self._logs.lines, any_line=self._process.returncode >= 0)
+        """How it ended and why, as far as its log tells, if it has just ended of itself; "" while it runs on."""
+        with contextlib.suppress(TimeoutError):
+            # One that is killed hangs up a while before it is gone.
+            code = await asyncio.wait_for(self._process.wait(), _ENDING_SECONDS)
+            self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
+            await self._logs_end()
+            # Killed from outside, it did not say why: its last line is about something else.
+            cause = cause_in(self._logs.lines, any_line=code >= 0)
+            return f"{_ending(code)}: {cause}" if cause else _ending(code)
+        return ""
 
     async def stop(self, grace_seconds: float) -> None:
         """End it and all it started: politely, then for certain."""
