@@ -11,6 +11,8 @@ from proxy.energy.registry import NEVER, Request
 #: How much later than an answer, or than the time it speaks of, a report may come.
 GRACE = Nanoseconds(500_000_000)
 _DUPLICATES_REMEMBERED = 64
+#: A backend that finished so many requests without a report is not waited for any more.
+_SILENT = 3
 
 
 @dataclass(slots=True)
@@ -30,6 +32,7 @@ class Backend:
     slots_version: int = -1
     _reported_of: dict[str, int] = field(default_factory=dict)
     _last_finish: int = NEVER
+    _unheard: int = 0
     _recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
 
     def opens(self, request: Request) -> None:
@@ -38,7 +41,8 @@ class Backend:
 
     def closes(self, request: Request) -> None:
         """The request is finished, settled, or another backend's."""
-        self.open.pop(request.request, None)
+        if self.open.pop(request.request, None) is not None and not self.reports:
+            self._unheard += 1
         self._reported_of.pop(request.request, None)
         if request.finished is not None:
             self._last_finish = max(self._last_finish, request.finished)
@@ -62,6 +66,11 @@ class Backend:
         if len(self._recent) > _DUPLICATES_REMEMBERED:
             self._recent.popitem(last=False)
         return False
+
+    @property
+    def may_surprise(self) -> bool:
+        """It is at work, and nobody knows yet where, nor whether it will ever tell."""
+        return bool(self.open) and not self.devices and self._unheard < _SILENT
 
     def lost_ratio(self, request: Request) -> float:
         """Of the reports that were sent while a request was open, the part that was lost."""

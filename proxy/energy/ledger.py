@@ -17,6 +17,7 @@ When a window settles. Each backend that uses the device has a *horizon*, up to 
 
 - with open work: the end of the latest step it reported (an engine reports its steps in order); where the relay
   observes each request on its own, the least of these over its open requests;
+- with open work and no report ever: nothing, on any device, but only for its first few requests;
 - without open work: a moment ago (`GRACE`), since reports travel a little slower than answers do;
 - in a replay without `start` records nobody announces work: only reports count.
 
@@ -278,7 +279,11 @@ class Ledger:
         end = book.windows[0].end
         if self._now >= end + self._settle_after:
             return True
-        users = [backend for backend in self._backends.values() if name in backend.devices]
+        users = [
+            backend
+            for backend in self._backends.values()
+            if name in backend.devices or (self._announced and backend.may_surprise)
+        ]
         if not users and (not self._announced or self._now < end + GRACE):
             return False
         known = book.uses.known_until
