@@ -46,8 +46,9 @@ class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
 
     `repeat` is 1, but for groups of tokens that the relay saw go by one after the other: those stand for as many steps
-    of one token. An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
-    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
+    of one token. An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see
+    less context than the last one. `sums` has, by step, the number
+    of participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
@@ -186,7 +187,8 @@ class PendingSteps:
         for place, column in enumerate((tokens, attention, contexts), start=1):
             sums[:, place] = np.bincount(owner, weights=column)
         new = Steps(
-            _ints(self._backend), _ints(self._started), _ints(self._ended), np.array(self._repeat, dtype=np.float64), sums,
+            _ints(self._backend), _ints(self._started), _ints(self._ended),
+            np.array(self._repeat, dtype=np.float64), sums,
             owner, _ints(self._slot), tokens, contexts, attention, np.zeros(len(owner)),
         )  # fmt: skip
         self._clear()
