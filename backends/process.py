@@ -18,6 +18,7 @@ from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE
 _KEPT_LINES = 200
 _LINE_CHARACTERS = 2000
 _CHUNK_BYTES = 65_536
+_ENDING_SECONDS = 1.0
 
 _SECRET = re.compile(r"^JOULEGATE_|KEY|TOKEN|SECRET|PASSW|CREDENTIAL|COOKIE|_DSN$|DATABASE_URL", re.IGNORECASE)
 #: Secret by their names, yet what an engine needs to fetch a gated model.
@@ -81,13 +82,16 @@ class BackendProcess:
         return _ending(await self._process.wait())
 
     async def cause(self) -> str:
-        """Why it ended, as far as its log tells: "" while it runs, or if it said nothing."""
-        if self._process.returncode is None:
-            return ""
-        self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
-        await self._logs_end()
-        # Killed from outside, it did not say why: its last line is about something else.
-        return cause_in(self._logs.lines, any_line=self._process.returncode >= 0)
+        """How it ended and why, as far as its log tells, if it has just ended of itself; "" while it runs on."""
+        with contextlib.suppress(TimeoutError):
+            # One that is killed hangs up a while before it is gone.
+            code = await asyncio.wait_for(self._process.wait(), _ENDING_SECONDS)
+            self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
+            await self._logs_end()
+            # Killed from outside, it did not say why: its last line is about something else.
+            cause = cause_in(list(self._logs.lines), any_line=code >= 0)
+            return f"{_ending(code)}: {cause}" if cause else _ending(code)
+        return ""
 
     async def stop(self, grace_seconds: float) -> None:
         """End it and all it started: politely, then for certain."""
@@ -169,6 +173,8 @@ _EXCEPTION = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Interrupt
 _HOLLOW = re.compile(r"root cause|initialization failed|see (?:the )?(?:logs?|stack ?trace)|core proc", re.IGNORECASE)
 
 
+_VALIDATION = re.compile(r"\d+ validation errors? for")
+_PROCESS = re.compile(r"^\(\S+(?: pid=\d+)?\)\s*")
 _LABEL = re.compile(r"^(?:ERROR|CRITICAL|FATAL):?\s+")
 
 
@@ -177,10 +183,23 @@ def cause_in(lines: Sequence[str], *, any_line: bool = True) -> str:
 
     Without an error among the lines it is the last one, if `any_line` will do.
     """
-    exceptions = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
+    exceptions = [
+        _with_detail(found[1], lines[index + 1 : index + 3])
+        for index, line in enumerate(lines)
+        if (found := _EXCEPTION.search(line))
+    ]
     errors = [line for line in lines if level_of(line) >= logging.ERROR]
     for candidates in (exceptions, errors):
         telling = [line for line in candidates if ":" in line and not _HOLLOW.search(line)]
         if telling:
             return _LABEL.sub("", telling[-1].strip())
     return lines[-1].strip() if lines and any_line else ""
+
+
+def _with_detail(error: str, following: Sequence[str]) -> str:
+    """pydantic says what is wrong below its error: the field on a line of its own (or none), then the reason."""
+    if not _VALIDATION.search(error):
+        return error
+    details = [_PROCESS.sub("", line).strip() for line in following]
+    reason = next((detail for detail in details if "[type=" in detail), "")
+    return f"{error}: {reason.partition(' [type=')[0]}" if reason else error

@@ -138,17 +138,27 @@ class Supervisor:
         except Exception:
             logger.exception("%s: a listener to its status failed", status.name)
 
-    async def healthy(self, url: str, *, any_answer: bool = False) -> str:
-        """Ask for a backend's health: "" if it is well, else what is wrong."""
+    async def health(self, url: str, *, any_answer: bool = False) -> "_Health":
+        """Ask for a backend's health."""
         assert self._client is not None
         try:
             async with self._client.get(url, allow_redirects=False) as response:
                 fine = response.status < 500 if any_answer else response.status == 200
-                return "" if fine else f"answers its health check with status {response.status}"
+                return _Health("" if fine else f"answers its health check with status {response.status}")
         except TimeoutError:
-            return f"does not answer its health check within {self._pace.health_timeout:g} s"
+            return _Health(f"does not answer its health check within {self._pace.health_timeout:g} s")
+        except aiohttp.ClientConnectorError as error:
+            return _Health(f"does not answer at {url}: {error.strerror or error}", gone=True)
         except (aiohttp.ClientError, OSError) as error:
-            return f"does not answer at {url}: {error or type(error).__name__}"
+            return _Health(f"does not answer at {url}: {error or type(error).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """What is wrong with a backend, "" if nothing is; `gone` if nobody listens there at all."""
+
+    error: str
+    gone: bool = False
 
 
 class _Backend:
@@ -213,8 +223,7 @@ class _Backend:
         try:
             error = await _first_of(process.ended(), self._serve(process, url, launch.health_path))
             fallen = self._fall(error)  # at once: nobody must be sent there while we find out why
-            cause = await process.cause()
-            self._down(f"{error}: {cause}" if cause else error, fallen)
+            self._down(await process.cause() or error, fallen)
         except asyncio.CancelledError:
             self._change(state="stopped", url=None)
             raise
@@ -233,7 +242,7 @@ class _Backend:
     async def _until_ready(self, process: BackendProcess, health: str) -> bool:
         began = time.monotonic()
         delay, told = self._pace.poll, 5.0
-        while await self._supervisor.healthy(health):
+        while (await self._supervisor.health(health)).error:
             waited = time.monotonic() - began
             if waited > self._spec.startup_seconds:
                 return False
@@ -245,14 +254,14 @@ class _Backend:
         return True
 
     async def _until_sick(self, health: str, *, any_answer: bool = False) -> str:
-        failures, error = 0, ""
-        while failures < self._pace.hung_after:
+        failures, found = 0, _Health("")
+        while failures < self._pace.hung_after and not found.gone:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.doubted.wait(), self._pace.watch)
             self.doubted.clear()
-            error = await self._supervisor.healthy(health, any_answer=any_answer)
-            failures = failures + 1 if error else 0
-        return error
+            found = await self._supervisor.health(health, any_answer=any_answer)
+            failures = failures + 1 if found.error else 0
+        return found.error
 
     # --- somebody else's server ---
 
@@ -260,7 +269,7 @@ class _Backend:
         url = (self._spec.url or "").rstrip("/").removesuffix("/v1")
         # Not every OpenAI-compatible server has /health: any answer but a server's error shows that it is there.
         health = url + "/health"
-        error = await self._supervisor.healthy(health, any_answer=True)
+        error = (await self._supervisor.health(health, any_answer=True)).error
         if not error:
             self._up(url)
             error = await self._until_sick(health, any_answer=True)

@@ -47,7 +47,8 @@ class Steps:
 
     `repeat` is 1, but for groups of tokens that the relay saw go by one after the other: those stand for as many steps
     of one token. An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see
-    less context than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
+    less context than the last one. `sums` has, by step, the number
+    of participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
