@@ -16,8 +16,8 @@ from bench.attribution.evaluate import Result, evaluate
 from bench.attribution.report import main_tables, seeds_table, stress_table
 from bench.attribution.scenarios import Scenario, main_loads, stresses
 
-QUICK_SCALE = 0.12
-QUICK_STRESS_SECONDS = 6.0
+QUICK_SCALE = 0.1
+QUICK_STRESS_SECONDS = 3.0
 NOTE = "Simulated: no hardware was measured. Truth: the exact Shapley value of the simulator's own step energy."
 
 
