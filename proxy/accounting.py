@@ -15,8 +15,8 @@ from typing import Protocol
 
 from backends.steps import StepReport
 from proxy.energy.attribution import Attribution, Method
-from proxy.energy.events import UNKNOWN_REQUEST, Device, Event, Finish, Loss, Outcome, Source, Start, Step
-from proxy.energy.ledger import EventError, Ledger
+from proxy.energy.events import UNKNOWN_REQUEST, Device, Event, Finish, Loss, Outcome, Sample, Source, Start, Step
+from proxy.energy.ledger import SETTLE_AFTER, EventError, Ledger
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.receipt import HOST, Accounting, Receipt, Request, Tokens, receipt
 
@@ -25,6 +25,8 @@ log = logging.getLogger("joulegate.accounting")
 #: The name under which the proxy's own CPU time is divided among the requests in flight.
 PROXY = "proxy"
 _RECENT_RECEIPTS = 1_000
+#: No meter has told anything for so long.
+_SILENT = Nanoseconds(5_000_000_000)
 #: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
 _STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
 
@@ -102,7 +104,9 @@ class Ticket:
 
     def receipt(self) -> Receipt:
         shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
-        known = [share if self.measurable else replace(share, devices={}) for share in shares if share is not None]
+        known = [share for share in shares if share is not None]
+        if not self.measurable or any(self._accountant.is_unmeasured(share, self.finished_at) for share in known):
+            known = [replace(share, devices={}) for share in known]
         return receipt(self.request, known, self.tokens, self._accountant.terms)
 
 
@@ -126,6 +130,7 @@ class Accountant:
         self._sinks = sinks
         self._record = record
         self._devices: dict[str, Device] = dict(terms.devices)
+        self._sampled: dict[str, Nanoseconds] = {}  # by device, when its meter was last read
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: dict[str, bool] = {}
         self._finished_since: dict[str, bool] = {}
@@ -157,6 +162,12 @@ class Accountant:
 
     def share(self, attempt: str) -> Attribution | None:
         return self._ledger.attribution(attempt, now())
+
+    def is_unmeasured(self, share: Attribution, finished_at: Nanoseconds | None) -> bool:
+        """Whether a meter of it failed before its end, for so long that the ledger does not wait for it any more."""
+        at = now()
+        needed = min(at if finished_at is None else finished_at, Nanoseconds(at - SETTLE_AFTER))
+        return any(self._sampled.get(device, 0) < needed for device in share.devices if self.terms.within(device))
 
     def expectation(self, backend: str, *, reports_steps: bool) -> Expectation:
         """The provenance to announce before any energy is known."""
@@ -193,8 +204,10 @@ class Accountant:
             if isinstance(event, Device):
                 self._devices[event.device] = event
                 self.terms = replace(self.terms, devices=dict(self._devices))
+            elif isinstance(event, Sample):
+                self._sampled[event.device] = event.at
             self.apply(event)
-        self._ledger.advance(now())
+        self._advance()
         self._settle()
 
     def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
@@ -277,6 +290,12 @@ class Accountant:
         if HOST not in devices and HOST in self._places.get(backend, ()):
             devices = (*devices, HOST)
         return tuple(device for device in devices if device in self._devices)
+
+    def _advance(self) -> None:
+        """Where no sample tells the ledger the time, the clock does; else it acts on events alone, as a replay does."""
+        at = now()
+        if at - max(self._sampled.values(), default=Nanoseconds(0)) > _SILENT:
+            self._ledger.advance(at)
 
     def _charge_proxy(self) -> None:
         """The proxy's own work on the host since the last time, shared equally by the requests in flight."""

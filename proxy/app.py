@@ -31,6 +31,7 @@ from proxy.config import Config
 from proxy.energy.events import BackendState, Event
 from proxy.energy.ledger import Ledger
 from proxy.energy.receipt import Accounting, Receipt
+from proxy.errors import JoulegateError
 from proxy.export.metrics import Metrics
 from proxy.export.snapshot import OperationsSnapshot
 from proxy.meter.discover import Discovery, discover
@@ -46,6 +47,9 @@ from proxy.store.receipts import ReceiptStore
 
 log = logging.getLogger("joulegate")
 
+#: Requests settle by the meters' beat; this one goes on where every meter fails, or there is none.
+_SETTLING_SECONDS = 0.5
+
 #: Headers of ours that a page of another origin may read, where such pages are allowed at all.
 _EXPOSED = [
     "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
@@ -58,7 +62,7 @@ class Node:
     """A proxy with its meters and backends: complete alone.
 
     `asgi` is what a server runs; its lifespan starts and ends everything else. `started` is set once requests can
-    come in; the models load meanwhile.
+    come in; the models load meanwhile. `failure` is why it could not start.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Node:
         """`kinds` and `discovery` put other backends and meters in the place of this machine's, for tests."""
         self.config = config
         self.started = asyncio.Event()
+        self.failure: JoulegateError | OSError | None = None
         self.specs = [model.spec() for model in config.models]
         self._kinds = kinds
         self.registry = Registry(self.specs, kinds)
@@ -109,25 +114,29 @@ class Node:
     @asynccontextmanager
     async def _lifespan(self, pages: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            store = self._store
-            stack.callback(store.close)
-            metrics = Metrics(self.registry.models)
-            accountant = self._accountant(stack, _Sink(store, metrics))
-            supervisor = await self._start_backends(stack, accountant)
-            sampler = await self._start_meters(stack, accountant, supervisor)
-            upstream = Upstream()
-            stack.push_async_callback(upstream.close)
-            limit = self.config.server.max_body_bytes
-            services = Services(
-                accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect
-            )
-            self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
-            metrics.watch(partial(self._snapshot, accountant, sampler, store))
-            render = metrics.render if self.config.server.metrics else None
-            self.context = Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
-            pages.state.context = self.context
+            try:
+                pages.state.context = self.context = await self._start(stack)
+            except (JoulegateError, OSError) as error:
+                self.failure = error
+                raise
             self.started.set()
             yield
+
+    async def _start(self, stack: AsyncExitStack) -> Context:
+        store = self._store
+        stack.callback(store.close)
+        metrics = Metrics(self.registry.models)
+        accountant = self._accountant(stack, _Sink(store, metrics))
+        supervisor = await self._start_backends(stack, accountant)
+        sampler = await self._start_meters(stack, accountant, supervisor)
+        upstream = Upstream()
+        stack.push_async_callback(upstream.close)
+        limit = self.config.server.max_body_bytes
+        services = Services(accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect)
+        self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
+        metrics.watch(partial(self._snapshot, accountant, sampler, store))
+        render = metrics.render if self.config.server.metrics else None
+        return Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
 
     def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
         energy = self.config.energy
@@ -186,6 +195,8 @@ class Node:
         sampler = Sampler(self.discovery.meters, emit, hz=hz, our_pids=partial(_our_pids, supervisor))
         sampler.start()
         stack.push_async_callback(asyncio.to_thread, sampler.stop)
+        settling = asyncio.create_task(_repeat(partial(observe, ()), _SETTLING_SECONDS))
+        stack.callback(settling.cancel)
         return sampler
 
     def _backend_changed(self, accountant: Accountant, status: BackendStatus) -> None:
@@ -226,6 +237,12 @@ class _Sink:
 
 def _our_pids(supervisor: Supervisor) -> Mapping[str, Sequence[int]]:
     return {PROXY: [os.getpid()], **{name: [pid] for name, pid in supervisor.pids().items()}}
+
+
+async def _repeat(call: Callable[[], None], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        call()
 
 
 def _ignore_state(backend: str, state: LoadingState) -> None:

@@ -60,6 +60,8 @@ def serve(
     """Start the backends and the proxy."""
     from proxy.serve import run  # noqa: PLC0415 - the other commands need no server
 
+    if host == "":
+        raise typer.BadParameter("should name an address; an empty one would be every address", param_hint="--host")
     settings = _configuration(config)
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update={"server": settings.server.model_copy(update=changes)})

@@ -1,14 +1,17 @@
 """The configuration: every field typed, unknown fields refused, errors that name the field's path."""
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from backends.spec import BackendSpec, Kind
 from proxy.energy.receipt import Boundary
+from proxy.energy.registry import PROXY_BACKEND
 from proxy.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
@@ -21,7 +24,7 @@ class _Section(BaseModel):
 class Server(_Section):
     """Where the proxy listens. `allowed_hosts` adds names to those a Host header may give (names, not IPs)."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # an empty one would be every address there is
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
@@ -111,7 +114,17 @@ class Backend(_Section):
             raise ValueError(f"kind: {self.kind} needs model, a path or the name of a model")
         if self.kind != "remote" and self.url is not None:
             raise ValueError("url belongs to kind: remote")
+        if self.url is not None and not _has_host(self.url):
+            raise ValueError(f"url should name a host, such as http://10.0.0.5:8000, not {self.url}")
         return self
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        return False
 
 
 class Model(_Section):
@@ -122,6 +135,8 @@ class Model(_Section):
     def _plain_name(self) -> "Model":
         if not _NAME.fullmatch(self.name):
             raise ValueError("name must be letters, digits and . _ / : - (at most 128)")
+        if self.name == PROXY_BACKEND:
+            raise ValueError(f"name must not be {PROXY_BACKEND!r}: in the books that is the proxy's own work")
         return self
 
     def spec(self) -> BackendSpec:
@@ -154,16 +169,34 @@ class Config(_Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its trap: a key that stands twice is refused, where YAML's readers let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", key.start_mark)
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path) -> Config:
     """Read a YAML file; raises ConfigError with one line that names the file, the field and what it should be."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # a date that is none
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
     return parse({} if document is None else document, source=str(path))
 
 

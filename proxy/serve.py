@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import uvicorn
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 
+from proxy.api.protocol import Protocol
 from proxy.app import Node
 from proxy.config import Config
 from proxy.errors import JoulegateError
@@ -33,8 +36,12 @@ class CannotListen(JoulegateError):
     """The address is not to be had; the message says why."""
 
 
+class CannotStart(JoulegateError):
+    """A part of the node could not be started; the message says which and why."""
+
+
 def run(config: Config, record: Path | None) -> None:
-    """Serve until told to stop; raises CannotListen."""
+    """Serve until told to stop; raises CannotListen or CannotStart."""
     # uvicorn ends in good order on SIGTERM and then raises it again, for whoever would want to die of it.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with (
@@ -51,32 +58,42 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
         listening.close()
-        reason = f"cannot listen on {host} port {port}: {error.strerror or error}; --port chooses another"
+        what = getattr(error, "strerror", None) or error
+        reason = f"cannot listen on {host} port {port}: {what}; --host and --port choose others"
         raise CannotListen(reason) from error
     return listening
 
 
-async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
-    node = Node(config, recorder=Recorder(record) if record else None)
-    server = uvicorn.Server(
+def http_server(node: Node) -> uvicorn.Server:
+    """The server of a node, as yet without a socket."""
+    return uvicorn.Server(
         uvicorn.Config(
             node.asgi,
-            http="httptools",
+            http=Protocol,
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_GRACE_SECONDS,
-            h11_max_incomplete_event_size=64 * 1024,
         )
     )
+
+
+async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
+    node = Node(config, recorder=Recorder(record) if record else None)
+    server = http_server(node)
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     greeting = asyncio.create_task(_greet(node, address))
+    # What failed on purpose is told in one line, by whoever catches it.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)
     try:
         await server.serve(sockets=[listening])
+    except SystemExit as stop:
+        raise CannotStart(str(node.failure or "the proxy cannot start, its log says why")) from stop
     finally:
         greeting.cancel()
 
@@ -93,7 +110,7 @@ async def _greet(node: Node, address: str) -> None:
     console.print("")
     for name, model in node.registry.models.items():
         why = node.registry.missing().get(name)
-        state = f"[red]not available[/]: {why}" if why else "[green]ready[/]"
+        state = f"[red]not available[/]: {escape(why)}" if why else "[green]ready[/]"
         console.print(f"  {name:<12} {', '.join(model.tasks):<16} {model.spec.kind:<13} {state}")
     console.print("\nTry it (-i shows the energy headers):\n")
     for line in _commands(node, address):
@@ -103,7 +120,7 @@ async def _greet(node: Node, address: str) -> None:
 
 def _meter_lines(node: Node) -> list[str]:
     lines = [
-        f"meter: {meter.device} by [bold]{meter.kind}[/] ({meter.name})"
+        f"meter: {meter.device} by [bold]{meter.kind}[/] ({escape(meter.name)})"
         + (", [yellow]an estimate, not a measurement[/]" if meter.estimated else "")
         for meter in node.discovery.meters
     ]

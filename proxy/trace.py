@@ -139,7 +139,12 @@ class Reader:
             record = _decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ValueError(_in_plain_words(error)) from error
-        return _EVENTS[type(record)](self, record)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        try:
+            return _EVENTS[type(record)](self, record)
+        except OverflowError as error:
+            raise ValueError("a number is out of range") from error
 
     def device(self, line: _Device) -> Device:
         self._devices.add(line.device)

@@ -52,6 +52,15 @@ def test_without_a_file_the_starter_models_are_served() -> None:
         ({"models": [{"name": "a", "backend": {"kind": "vllm"}}]}, "models[0].backend", "needs model"),
         ({"models": [{"name": "a", "backend": {"kind": "remote"}}]}, "models[0].backend", "needs url"),
         ({"models": [{"name": "a b", "backend": {"kind": "vllm", "model": "m"}}]}, "models[0]", "letters, digits"),
+        ({"models": [{"name": "proxy", "backend": {"kind": "vllm", "model": "m"}}]}, "models[0]", "not be 'proxy'"),
+        ({"models": [{"name": "a", "backend": {"kind": "remote", "url": "http://"}}]}, "models[0].backend", "a host"),
+        ({"models": [{"name": "a", "backend": {"kind": "remote", "url": "http://[b"}}]}, "models[0].backend", "a host"),
+        (
+            {"models": [{"name": "a", "backend": {"kind": "remote", "url": "http://a:x"}}]},
+            "models[0].backend",
+            "a host",
+        ),
+        ({"server": {"host": ""}}, "server.host", "at least 1"),
         ({"auth": {"required": True}}, "auth", "no keys"),
     ],
 )
@@ -63,11 +72,23 @@ def test_a_bad_field_is_named(document: dict[str, Any], path: str, reason: str) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["server: [", "- 1", "\tserver: 1", "server: {port: [1,2}"])
+@pytest.mark.parametrize(
+    "text", ["server: [", "- 1", "\tserver: 1", "server: {port: [1,2}", "[" * 5000, "a: 2020-13-45", "? [a]\n: 1"]
+)
 def test_what_is_no_mapping_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused_and_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'port' stands twice.* line 3"):
+        load(written(tmp_path, "server:\n  port: 1\n  port: 2\n"))
+
+
+def test_yaml_merges_still_work(tmp_path: Path) -> None:
+    text = "models:\n- {name: a, backend: &one {kind: vllm, model: m}}\n- {name: b, backend: {<<: *one, model: n}}\n"
+    assert [model.backend.model for model in load(written(tmp_path, text)).models] == ["m", "n"]
 
 
 def test_two_models_of_one_name_are_refused() -> None:

@@ -22,6 +22,8 @@ HOST_SECONDS = 1e-4
 #: Up to this gap the next step was scheduled before its predecessor ended (asynchronous scheduling).
 ASYNC_SECONDS = 3e-4
 LATE_PROBABILITY = 0.01
+#: Of a relay without step reports: the way to it, how it groups tokens, how well bytes tell a prompt's tokens.
+RELAY_SECONDS, GROUP_SECONDS, GUESS_SCATTER = 5e-4, 0.25, 0.2
 
 
 class Arrival(NamedTuple):
@@ -46,7 +48,8 @@ def emit(world: World, readings: Readings) -> list[Arrival]:
     arrivals += _samples(readings)
     arrivals += _processes(world, rng)
     for backend in world.engines:
-        arrivals += _steps([e for e in world.executions if e.backend == backend], rng)
+        executions = [e for e in world.executions if e.backend == backend]
+        arrivals += _steps(executions, rng) if world.scenario.step_reports else _virtual_steps(world, executions, rng)
         arrivals += _requests(world, backend, rng)
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
@@ -95,6 +98,36 @@ def _step(step: Execution, started: float, ended: float) -> Step:
         step.backend, (DEVICE,), nanoseconds(started), nanoseconds(ended),
         requests, step.batch.tokens.tolist(), step.batch.contexts.tolist(),
     )  # fmt: skip
+
+
+def _virtual_steps(world: World, executions: list[Execution], rng: np.random.Generator) -> Iterator[Arrival]:
+    """What a relay infers of streams: prefill until the first token, then groups; prompts are guessed from bytes."""
+    backend = executions[0].backend
+    sequences = world.engines[backend].sequences
+    _, first = np.unique(sequences.request, return_index=True)
+    guesses = sequences.prompt[first] * np.clip(rng.normal(1.0, GUESS_SCATTER, len(first)), 0.3, 3.0)
+    seen: list[list[float]] = [[] for _ in first]
+    for step in executions:
+        for number in step.requests[step.batch.sampled].tolist():
+            seen[number].append(step.ended + RELAY_SECONDS)
+    for number, tokens in enumerate(seen):
+        began = float(sequences.arrived[first[number]]) - ADMISSION_SECONDS
+        last = float(world.answered[backend][number]) + RELAY_SECONDS
+        yield from _stream(backend, number, began, [at for at in tokens if at <= last], max(int(guesses[number]), 1))
+
+
+def _stream(backend: str, number: int, began: float, tokens: list[float], prompt: int) -> Iterator[Arrival]:
+    work, since = prompt, began
+    for count, at in enumerate(tokens, start=1):
+        if count == 1 or at - since >= GROUP_SECONDS or count == len(tokens):
+            yield Arrival(at + 1e-5, _virtual_step(backend, number, since, at, work, prompt + count - 1))
+            work, since = 0, at
+        work += 1
+
+
+def _virtual_step(backend: str, number: int, started: float, ended: float, tokens: int, context: int) -> Step:
+    span = (nanoseconds(started), nanoseconds(ended))
+    return Step(backend, (DEVICE,), *span, [request_id(backend, number)], [tokens], [context], "relay")
 
 
 def _requests(world: World, backend: str, rng: np.random.Generator) -> Iterator[Arrival]:

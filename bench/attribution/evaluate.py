@@ -13,6 +13,8 @@ from bench.attribution.peers import PEERS, Observation, observe, priced
 from bench.attribution.scenarios import Scenario
 from bench.attribution.simulation import World, simulate
 from proxy.energy.attribution import Attribution
+from proxy.energy.events import Model
+from proxy.energy.prior import prior_from_model
 
 SETTLED = "Joulegate, settled"
 PROVISIONAL = "Joulegate, provisional"
@@ -109,7 +111,7 @@ def prepare(scenario: Scenario) -> Case:
 
 def evaluate(scenario: Scenario) -> Result:
     case = prepare(scenario)
-    accounts = account(case.arrivals)
+    accounts = account(case.arrivals, _prior(scenario))
     estimates = {SETTLED: _active(case, accounts.settled), PROVISIONAL: _active(case, accounts.provisional)}
     estimates[REFERENCE] = _reference(case)
     estimates |= {label: split(case.seen) for label, split in PEERS.items()}
@@ -119,6 +121,19 @@ def evaluate(scenario: Scenario) -> Result:
         accounts.request_steps / steps, float(case.truth.mean()),
         {label: _errors(case, estimate) for label, estimate in estimates.items()}, _figures(case, accounts),
     )  # fmt: skip
+
+
+def _prior(scenario: Scenario) -> list[Model]:
+    """What `serve` would know of its models at start: their configs and an H100's data sheet."""
+    return [
+        Model(backend.name, DEVICE, prior_from_model(
+            parameters=backend.llm.body_parameters + backend.llm.head_parameters, peak_flops=989e12,
+            bandwidth=3.35e12, idle_watts=75.0, max_watts=700.0, layers=backend.llm.layers,
+            kv_width=backend.llm.kv_width, attention_width=backend.llm.attention_width,
+        ))
+        for backend in scenario.backends
+        if scenario.prior
+    ]  # fmt: skip
 
 
 def _errors(case: Case, estimate: Floats) -> Errors:

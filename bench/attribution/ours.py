@@ -1,11 +1,12 @@
 """Runs the ledger, the very code that serves live traffic, over a simulated run's events."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import process_time
 
 from bench.attribution.emission import Arrival
 from proxy.energy.attribution import Attribution, DeviceBalance
-from proxy.energy.events import Finish, Model, Sample, Step
+from proxy.energy.events import Device, Finish, Model, Sample, Step
 from proxy.energy.ledger import Ledger
 from proxy.energy.quantities import nanoseconds
 
@@ -24,7 +25,7 @@ class Accounts:
     cpu_seconds: float = 0.0
 
 
-def account(arrivals: list[Arrival], prior: list[Model] | None = None) -> Accounts:
+def account(arrivals: list[Arrival], prior: Sequence[Model] = ()) -> Accounts:
     """Feed all events, as a proxy would, and close. `prior` is what a proxy would know of its models at start."""
     accounts, ledger = Accounts(), Ledger(known_only=True)
     checked, begun = 0.0, process_time()
@@ -42,10 +43,9 @@ def account(arrivals: list[Arrival], prior: list[Model] | None = None) -> Accoun
                 checked = at
                 _check(accounts, ledger)
                 begun = process_time()
-        elif prior:
+        elif isinstance(event, Device):
             for model in prior:
                 ledger.apply(model)
-            prior = None
     ledger.close()
     _collect(accounts, ledger)
     accounts.cpu_seconds += process_time() - begun

@@ -23,16 +23,33 @@ def main_tables(results: Sequence[Result]) -> str:
 
 def stress_table(results: Sequence[Result]) -> str:
     """One row per scenario: ours, what the counter allows, and the best peer."""
-    head = ["scenario", "settled: mean (median, p95)", "reference", "best peer's split", "", "Zeus"]
-    rows = [
-        [
-            r.scenario, _errors(r, SETTLED), f"{r.errors[REFERENCE].mape:.1f}", f"{r.best_peer()[1]:.1f}",
-            r.best_peer()[0], f"{r.errors['Zeus (whole window to each)'].mape:.0f}",
-        ]
-        for r in results
-    ]  # fmt: skip
+    head = ["scenario", "settled: mean (median, p95)", "cold", "reference", "best peer's split", "", "Zeus"]
+    rows = [_stress_row(result) for result in results]
     title = "One thing made harder at a time, %"
     return _section(title, [head, *rows]) + _section("What Joulegate promises beside", _ledger_rows(results))
+
+
+def seeds_table(results: Sequence[Result]) -> str:
+    """Luck: the same loads with other arrivals and another phase of the meter."""
+    names = list(dict.fromkeys(r.scenario for r in results))
+    seeds = list(dict.fromkeys(r.seed for r in results))
+    mapes = {(r.scenario, r.seed): r.errors[SETTLED].mape for r in results}
+    head = ["load", *(f"seed {seed}" for seed in seeds), "mean"]
+    rows = []
+    for name in names:
+        found = [mapes[name, seed] for seed in seeds if (name, seed) in mapes]
+        cells = [f"{mapes[name, seed]:.1f}" if (name, seed) in mapes else "failed" for seed in seeds]
+        rows.append([name, *cells, f"{sum(found) / len(found):.1f}"])
+    return _section("Settled, mean error by seed, %", [head, *rows])
+
+
+def _stress_row(result: Result) -> list[str]:
+    peer, mape = result.best_peer()
+    settled, reference, zeus = (result.errors[label] for label in (SETTLED, REFERENCE, next(iter(PEERS))))
+    return [
+        result.scenario, _errors(result, SETTLED), f"{settled.cold_mape:.1f}", f"{reference.mape:.1f}", f"{mape:.1f}",
+        peer, f"{zeus.mape:.0f}",
+    ]  # fmt: skip
 
 
 def _errors(result: Result, label: str) -> str:

@@ -52,6 +52,10 @@ class Scenario:
     roofline: Roofline = "whole"
     loading_seconds: float = 4.0
     lead_seconds: float = 3.0
+    #: Whether engines report their steps; otherwise only what a relay can see of the streams.
+    step_reports: bool = True
+    #: Whether the ledger begins with what follows from the model's config and the GPU's data sheet.
+    prior: bool = False
     #: Physical scatter of a step's duration and power about the model; the truth has it too.
     step_noise: float = 0.02
 
@@ -69,6 +73,12 @@ def load(requests_per_second: float, seconds: float) -> Scenario:
     return Scenario(f"{requests_per_second:g} req/s", (chat(requests_per_second),), seconds)
 
 
+#: Reaches other parts of its data sheet than the prior supposes, in time and in power.
+OTHER_H100 = replace(
+    H100, gemm_flops=440e12, attention_flops=250e12, bytes_per_second=2.3e12, launch_seconds=1.5e-3,
+    active_watts=110.0, compute_watts=300.0, memory_watts=210.0,
+)  # fmt: skip
+
 #: Seconds of arrivals per load: a low load needs longer for as many requests.
 LOADS = {0.5: 300.0, 4.0: 150.0, 16.0: 90.0, 30.0: 90.0}
 
@@ -77,7 +87,7 @@ def main_loads(scale: float = 1.0) -> list[Scenario]:
     return [load(rate, seconds * scale) for rate, seconds in LOADS.items()]
 
 
-def stresses(seconds: float = 60.0, requests_per_second: float = 8.0) -> list[Scenario]:
+def stresses(seconds: float = 45.0, requests_per_second: float = 8.0) -> list[Scenario]:
     """Each differs from `plain` in one thing."""
     plain = replace(load(requests_per_second, seconds), name="plain")
     small = Backend("small", QWEN_1B5, Traffic(requests_per_second, output_median=100))
@@ -92,6 +102,9 @@ def stresses(seconds: float = 60.0, requests_per_second: float = 8.0) -> list[Sc
         replace(plain, name="two backends", backends=(half, small)),
         replace(plain, name="foreign load", backends=(half,), foreign=Foreign()),
         replace(plain, name="no idle before", loading_seconds=0.0, lead_seconds=0.0),
+        replace(plain, name="another GPU", gpu=OTHER_H100),
+        replace(plain, name="another GPU, prior", prior=True, gpu=OTHER_H100),
+        replace(plain, name="no step reports", step_reports=False),
         replace(plain, name="split roofline", roofline="split"),
         replace(plain, name="soft roofline", roofline="soft"),
     ]

@@ -44,7 +44,7 @@ def sampled(work: Floats, energy: Energy, rng: np.random.Generator, permutations
     """An unbiased estimate from shuffles of the small participants, each with its reverse. Sums to E exactly."""
     large = _large(work)
     small = np.setdiff1d(np.arange(len(work)), large)
-    orders = _orders(len(small), permutations if len(large) == 0 else 1, rng)
+    orders = _orders(len(small), permutations >> len(large), rng)
     reached = energy(_arrivals(work[small], orders, _subsets(len(large))[0] @ work[large]))
     chances = _chances(len(small), len(large))
     shares = np.empty(len(work))
@@ -55,7 +55,7 @@ def sampled(work: Floats, energy: Energy, rng: np.random.Generator, permutations
 
 
 def _arrivals(small: Floats, orders: Ints, sets: Floats) -> Floats:
-    """Sums of work by (shuffle, set of large ones, small ones before, column); columns lie apart in memory, for speed."""
+    """Sums of work by (shuffle, set of large ones, small ones before, column); columns lie apart, for speed."""
     sums = np.zeros((small.shape[1], len(orders), len(sets), len(small) + 1))
     np.cumsum(small.T[:, orders][:, :, None], axis=3, out=sums[..., 1:])
     sums += sets.T[:, None, :, None]

@@ -51,11 +51,11 @@ class Edge:
             if relay is not None and scope["method"] != "POST":
                 raise InvalidRequest("Use POST for this path.", status=405, headers={"Allow": "POST"})
         except ApiError as error:
-            await Reply(send, "").refuse(error)
+            await _refuse(error, relay, send)
             return
-        await self._serve(relay or self._pages, scope, receive, send)
+        await self._serve(relay, scope, receive, send)
 
-    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, relay: Relay | None, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watched(message: Message) -> None:
@@ -64,12 +64,12 @@ class Edge:
             await send(message)
 
         try:
-            await app(scope, receive, watched)
+            await (relay(scope, receive, watched) if relay else self._pages(_as_get(scope), receive, watched))
         except Exception:
-            log.exception("an error of our own on %s", scope["path"])
+            log.exception("an error of our own on %r", scope["path"])
             if started:
                 raise
-            await Reply(send, "").refuse(ApiError("The proxy failed. Its log says more.", code="internal_error"))
+            await _refuse(ApiError("The proxy failed. Its log says more.", code="internal_error"), relay, send)
 
     def _admit(self, scope: Scope) -> None:
         host = origin = authorization = api_key = None
@@ -101,10 +101,28 @@ class Edge:
 
     def _check_origin(self, origin: bytes, host: bytes | None) -> None:
         text = origin.decode("latin-1")
-        same = host is not None and urlsplit(text).netloc.lower() == host.decode("latin-1").lower()
+        same = host is not None and _authority(text) == host.decode("latin-1").lower()
         if not same and text not in self._origins:
             message = "Requests from this origin are not allowed; add it to server.cors_origins."
             raise Forbidden(message, code="origin_not_allowed")
+
+
+def _as_get(scope: Scope) -> Scope:
+    """HEAD asks what GET would answer; the server leaves out the body."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+
+async def _refuse(error: ApiError, relay: Relay | None, send: Send) -> None:
+    """In the envelope of the path's API."""
+    await Reply(send, "").error(error, [], relay.envelope(error) if relay is not None else error.encode())
+
+
+def _authority(origin: str) -> str:
+    """`host:port` of an origin; "" where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _host_name(host: bytes) -> str:

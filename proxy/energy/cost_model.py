@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from proxy.energy.fit import OnlineFit
+from proxy.energy.fit import OnlineFit, Structure
 from proxy.energy.intervals import split_error
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
@@ -40,7 +40,7 @@ class _Span:
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
-_LITTLE = 0.01
+_NOTICEABLE = 0.05
 
 
 class CostModels:
@@ -51,9 +51,10 @@ class CostModels:
         self._order: list[int] = []  # the place of each backend's coefficients in the joint fit
         self._fit: OnlineFit | None = None
         self._busy_watts: float | None = None
+        self._recent_watts: float | None = None
         self._windows = 0
         self._rows: list[tuple[Floats, float, float]] = []  # windows not yet taken into the fit
-        self._looks = 0
+        self._batches = 0
         self._span = _Span()
         self.window_error = 0.3
         self.version = 0
@@ -90,6 +91,8 @@ class CostModels:
         for backend, some in _by_backend(steps):
             model = self._model(backend)
             joules = model.price(some, self._energy(backend, model, some, idle_watts))
+            if model.seconds is None:  # its guess has a shape but no scale
+                joules *= _as_long(some, joules, self.busy_watts(idle_watts))
             prices[_entries(steps, backend, some)] = joules * 1e6
         by_time = timed > 0
         if by_time.any():
@@ -104,7 +107,7 @@ class CostModels:
         model = self._models.get(step.backend)
         if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
             return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
-        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+        return step.repeat * model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None
@@ -118,24 +121,25 @@ class CostModels:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
             return self._fitted(backend)
-        if model.energy_prior is None:
-            return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
-        return model.energy_prior
+        if model.energy is None:
+            guess: Floats = model.basis() @ model.guess_powers(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
+            return guess
+        return model.energy
 
     # --- learning ---
 
-    def learn_durations(self, steps: Steps) -> None:
-        """From these steps' timestamps; once there were many, from one batch of steps in four."""
-        self._looks += 1
-        if self._windows > _EAGER_WINDOWS and self._looks % _SELDOM:
+    def learn_durations(self, steps: Steps, lengths: Floats) -> None:
+        """From these steps and how many nanoseconds each took; once there were many, from one such batch in four."""
+        self._batches += 1
+        if self._windows > _EAGER_WINDOWS and self._batches % _SELDOM:
             return
         for backend, some in _by_backend(steps):
-            self._model(backend).learn_durations(some)
+            chosen = slice(None) if some is steps else _chosen(steps, backend)
+            if self._model(backend).learn_durations(some, lengths[chosen] / 1e9):
+                self.version += 1
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
         """A window of `length` ns in which these parts of steps ran for `busy` ns in all, on `energy` µJ (no idle)."""
-        watts = energy / busy * 1e3
-        self._follow_power(watts, busy)
         works = {backend: (some, fraction[_chosen(steps, backend)]) for backend, some in _by_backend(steps)}
         for backend, (work, _) in works.items():
             if backend not in self._order:
@@ -148,7 +152,7 @@ class CostModels:
             row[place : place + _SIZE] = part @ self._models[backend].energy_features(work)
         joules = energy / 1e6
         edges = 2 if busy < length else 0
-        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * watts)
+        sigma = math.hypot(_SIGMA * joules, edges * _EDGE_SECONDS * joules / busy * 1e9)
         self._note_errors(joules - float(row @ fit.coefficients), joules, busy, works)
         self._rows.append((row, joules, sigma))
         self._windows += 1
@@ -162,6 +166,7 @@ class CostModels:
                 model.seconds.solve()
         self._add_rows()
         assert self._fit is not None
+        self._fit.lean_on(self._structure())
         self._fit.solve()
         self.version += 1
 
@@ -171,25 +176,38 @@ class CostModels:
             self._fit.add(np.array(rows), np.array(joules), np.array(sigmas))
             self._rows.clear()
 
-    def _follow_power(self, watts: float, busy: int) -> None:
-        old = watts if self._busy_watts is None else self._busy_watts
-        self._busy_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+    def learn_power(self, energy: float, busy: int) -> None:
+        """Steps ran for `busy` ns of a window and used `energy` µJ. Prices change when that has moved noticeably."""
+        watts = energy / busy * 1e3
+        old = watts if self._recent_watts is None else self._recent_watts
+        self._recent_watts = old + (watts - old) * min(1.0, busy / 1e9 / _POWER_SECONDS)
+        if self._busy_watts is None or abs(self._recent_watts / self._busy_watts - 1) > _NOTICEABLE:
+            self._busy_watts = self._recent_watts
+            self.version += 1
 
     def _join(self, backend: int, steps: Steps) -> None:
-        """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
+        """A backend's first window on this device: its energies join the fit."""
         model = self._models[backend]
-        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
-        if model.energy_prior is None:
-            model.energy_prior = guess
-        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
-        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
-        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
+        model.begin_energy(self.busy_watts(None), steps.sums.mean(axis=0))
+        assert model.energy is not None
         self._add_rows()
         self._order.append(backend)
         if self._fit is None:
-            self._fit = OnlineFit(prior, doubt, _HORIZON)
+            self._fit = OnlineFit(model.energy, np.ones(_SIZE), _HORIZON)
         else:
-            self._fit.widen(prior, doubt)
+            self._fit.widen(model.energy, np.ones(_SIZE))
+
+    def _structure(self) -> Structure:
+        """All backends' structures beside each other."""
+        parts = [self._models[backend].structure() for backend in self._order]
+        basis = np.zeros((_SIZE * len(parts), sum(len(part.start) for part in parts)))
+        column = 0
+        for row, part in enumerate(parts):
+            width = len(part.start)
+            basis[row * _SIZE : (row + 1) * _SIZE, column : column + width] = part.basis
+            column += width
+        starts, doubts, looses = zip(*((part.start, part.doubt, part.loose) for part in parts), strict=True)
+        return Structure(basis, np.concatenate(starts), np.concatenate(doubts), np.concatenate(looses))
 
     def _note_errors(self, off: float, joules: float, busy: int, backends: Iterable[int]) -> None:
         error = min(abs(off) / joules, 1.0)
@@ -227,6 +245,12 @@ class CostModels:
         learnt = dict(zip(DURATION, model.duration.tolist(), strict=True))
         learnt |= dict(zip(ENERGY, energy.tolist(), strict=True))
         return {**learnt, "windows": model.windows}
+
+
+def _as_long(steps: Steps, joules: Floats, watts: float) -> Floats:
+    """By entry, the factor that makes each step's joules those of so many watts for as long as it took."""
+    factor: Floats = (watts * (steps.ended - steps.started) / 1e9 / steps.per_step(joules))[steps.owner]
+    return factor
 
 
 def _chosen(steps: Steps, backend: int) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":

@@ -7,12 +7,12 @@ import numpy as np
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.cost_model import CostModels
-from proxy.energy.division import Division, Scene, divide, priced_by_processes, scene_of
+from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.intervals import Doubts, interval
 from proxy.energy.lag import LagEstimate
-from proxy.energy.pending import TOKENS, Alone, Bools, Floats, PendingSteps, Steps
+from proxy.energy.pending import TOKENS, Alone, Bools, Floats, New, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
 from proxy.energy.spans import LoadingSpans, UseSpans
@@ -23,6 +23,9 @@ from proxy.energy.timeline import Timeline, Window
 _NO_FOREIGN = 0.01
 #: The proxy's own part of a busy device's power, where CPU time does not tell.
 _PROXY_PART = 0.05
+_LARGE_BATCH = 64
+#: Where backends run side by side on cores of their own; on an accelerator they take turns.
+HOST = "host"
 
 
 class DeviceBook:
@@ -61,11 +64,10 @@ class DeviceBook:
         new = self.pending_steps.take_new()
         if not len(new):
             return
-        self._models.learn_durations(new.where(~_is_timed(new)))
         new.predicted[:] = self._price(new)
         self.pending_steps.join(new)
-        self._lag.ran(new)
         self._await(new)
+        self.tallies.last_price[new.slot], self.tallies.last_tokens[new.slot] = new.predicted, new.tokens
         np.minimum.at(self.tallies.first_start, new.slot, new.started[new.owner])
         np.maximum.at(self.tallies.last_end, new.slot, new.ended[new.owner])
 
@@ -82,7 +84,7 @@ class DeviceBook:
     def _settled_part(self, steps: Steps) -> Floats:
         if self.settled_until is None:
             return np.zeros(len(steps))
-        part: Floats = np.clip((self.settled_until - steps.started) / (steps.ended - steps.started), 0.0, 1.0)
+        part: Floats = np.clip((self.settled_until - steps.started) / (steps.lengths), 0.0, 1.0)
         return part
 
     def _price(self, steps: Steps) -> Floats:
@@ -138,7 +140,7 @@ class DeviceBook:
         tallies.split[:used] += split * division.slots * others
         tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
         if self._idle.watts:
-            lengths = scene.part * (steps.ended - steps.started)
+            lengths = scene.part * (steps.lengths)
             each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
             np.add.at(tallies.idle_part, steps.slot, each[steps.owner])
 
@@ -172,7 +174,12 @@ class DeviceBook:
     # --- learning ---
 
     def _learn(self, scene: Scene) -> None:
+        """Learning happens here only, window by window: what is asked meanwhile must not change what is learnt."""
         window = scene.window
+        begun = scene.steps.started >= window.start
+        worked = begun & ~_is_timed(scene.steps)
+        self._models.learn_durations(scene.steps.where(worked), self._lengths(scene.steps)[worked])
+        self._lag.ran(scene.steps.where(begun))
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
         if self._models.knows_costs:
@@ -183,6 +190,10 @@ class DeviceBook:
         elif self._is_idle(window):
             self._idle.learn(window.energy, window.length)
 
+    def _lengths(self, steps: Steps) -> Floats:
+        """Nanoseconds of each step, without what other backends took of them where backends take turns."""
+        return steps.lengths if self.device.device == HOST else lengths_alone(steps)
+
     def _is_idle(self, window: Window) -> bool:
         """Nothing ran, nor shortly before (the tick's instant is uncertain), and no request was open."""
         if self._last_work >= window.start - window.start_slack:
@@ -192,10 +203,11 @@ class DeviceBook:
     def _learn_costs(self, scene: Scene) -> None:
         window, steps = scene.window, scene.steps
         timed = _is_timed(steps)
-        if (timed & (steps.backend != PROXY_INDEX)).any() or timed.all():
-            return
         energy = window.energy - self._idle_watts() * scene.gap / 1e3
-        if energy > 0:
+        if energy <= 0:
+            return
+        self._models.learn_power(energy, scene.busy)
+        if not timed.all() and not (timed & (steps.backend != PROXY_INDEX)).any():
             self._models.learn_energy(steps.where(~timed), scene.part[~timed], energy, scene.busy, window.length)
 
     def _idle_watts(self) -> float:
@@ -216,12 +228,8 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        unseen = self.pending_steps.new_alone(slot)
-        if unseen is None or any(self._is_late(step) for step in unseen):  # not so simple
-            self.look()
-            unseen = None
-        tally = _with(self.tallies.of(slot), unseen or [])
-        tail = 0.0 if settled else max(tally.awaited, 0.0) + sum(map(self._price_alone, unseen or []))
+        tally, unseen = self._glance(slot)
+        tail = 0.0 if settled else max(tally.awaited, 0.0) + unseen
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))
         ratio = self._hour.idle_ratio()
@@ -234,8 +242,32 @@ class DeviceBook:
             meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
         )
 
-    def _is_late(self, step: Alone) -> bool:
-        return self.settled_until is not None and step.started < self.settled_until
+    def _glance(self, slot: int) -> tuple[Tally, float]:
+        """A request's figures so far, and what is predicted for steps that nobody has looked at yet.
+
+        A look at those prices a whole batch, which is dear for one figure; so it is spared where all are the request's
+        alone, or a continuation of what it did in its last step, in a batch so large that it hardly changes.
+        """
+        tally, new = self.tallies.of(slot), self.pending_steps.new_of(slot)
+        if new is None:
+            return tally, 0.0
+        predicted = None if new.first_start < (self.settled_until or NEVER) else self._predict(new, tally)
+        if predicted is None:
+            self.look()
+            return self.tallies.of(slot), 0.0
+        first_start, last_end = min(tally.first_start, new.first_start), max(tally.last_end, new.last_end)
+        return tally._replace(first_start=first_start, last_end=last_end), predicted
+
+    def _predict(self, new: New, tally: Tally) -> float | None:
+        if new.alone is not None:
+            return sum(map(self._price_alone, new.alone))
+        if (
+            new.batch >= _LARGE_BATCH
+            and tally.last_price > 0
+            and all(tokens == tally.last_tokens for tokens in new.tokens)
+        ):
+            return tally.last_price * len(new.tokens)
+        return None
 
     def _price_alone(self, step: Alone) -> float:
         timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
@@ -268,15 +300,6 @@ class DeviceBook:
             idle_power=None if watts is None else Watts(watts), last_sample_at=timeline.last_sample_at,
             fit_error_ratio={names[index]: error for index, error in self._models.errors().items()},
         )  # fmt: skip
-
-
-def _with(tally: Tally, unseen: Sequence[Alone]) -> Tally:
-    if not unseen:
-        return tally
-    return tally._replace(
-        first_start=min(tally.first_start, *(step.started for step in unseen)),
-        last_end=max(tally.last_end, *(step.ended for step in unseen)),
-    )
 
 
 def _is_timed(steps: Steps) -> Bools:

@@ -34,6 +34,7 @@ class LagEstimate:
         self._errors: Floats = np.zeros(len(LAGS))
         self._windows = 0
         self._since_move = self._seen = 0
+        self._window: tuple[int, int, float] | None = None
         self._steps: list[tuple[Ints, Ints, Floats]] = []
 
     @property
@@ -41,18 +42,23 @@ class LagEstimate:
         return int(LAGS[self._notch])
 
     def ran(self, steps: Steps) -> None:
-        """These steps were reported, and priced."""
+        """These steps began in the window that is about to be compared."""
+        if not len(steps):
+            return
         self._steps.append((steps.started.copy(), steps.ended.copy(), steps.per_step(steps.predicted)))
         if len(self._steps) > _MANY:
             self._merge()
 
     def compare(self, start: int, end: int, energy: float, idle_watts: float) -> None:
-        """The counter rose by `energy` microjoules between these instants (not moved by any lag)."""
+        """The counter rose by `energy` microjoules between these instants (not moved by any lag).
+
+        What is compared is the window before: the steps that began a little after its end are known by now.
+        """
+        before, self._window = self._window, (start, end, energy)
         self._seen += 1
-        if self._windows > _ENOUGH_WINDOWS and self._seen % _SELDOM:
+        if before is None or not self._steps or (self._windows > _ENOUGH_WINDOWS and self._seen % _SELDOM):
             return
-        if not self._steps:
-            return
+        start, end, energy = before
         predicted = self._predict(start, end, idle_watts)
         off = ((energy - predicted) / energy) ** 2
         # A window in which the lag makes no difference says nothing, and one that no lag explains is an outlier.

@@ -25,8 +25,8 @@ def prior_from_model(
     """Coefficients for a `Model` event: seconds, joules and watts (`docs/cost-model.md`), per device.
 
     `peak_flops` (FLOP/s, dense, at the weights' precision) and `bandwidth` (bytes/s) are one device's, of `devices`
-    that share the model evenly. `kv_width` is key/value heads × head size. `attention_width` is query heads × head size;
-    left out, it follows from parameters and layers. `active_parameters` are those a token passes (mixture of experts).
+    that share the model evenly. `kv_width` is key/value heads × head size. `attention_width`, query heads × head size,
+    is derived where left out. `active_parameters` are those a token passes (mixture of experts).
     Raises ValueError for figures that cannot be.
     """
     if min(parameters, peak_flops, bandwidth, idle_watts, max_watts - idle_watts, devices) <= 0:

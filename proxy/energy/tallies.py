@@ -20,6 +20,8 @@ class Tally(NamedTuple):
     noise: float
     awaited: float
     lost: float
+    last_price: float
+    last_tokens: float
 
 
 class Tallies:
@@ -28,10 +30,10 @@ class Tallies:
     `idle_part`: its equal part of the idle power while its steps ran. `meanwhile`: all the device used while it was
     open. `split`: how much of it the cost model may have given wrongly; `noise`: the sum of squares of what windows do
     not explain. `awaited`: predicted for work that no settled window has consumed. `lost`: predicted for work that
-    came too late. `first_start`, `last_end`: of its steps on this device.
+    came too late. `last_price`, `last_tokens`: of its latest step. `first_start`, `last_end`: of its steps here.
     """
 
-    FLOATS = ("idle_part", "meanwhile", "split", "noise", "awaited", "lost")
+    FLOATS = ("idle_part", "meanwhile", "split", "noise", "awaited", "lost", "last_price", "last_tokens")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -42,7 +44,8 @@ class Tallies:
 
     def _name(self, floats: Floats) -> None:
         self._floats = floats
-        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats
+        self.idle_part, self.meanwhile, self.split, self.noise, self.awaited, self.lost = floats[:6]
+        self.last_price, self.last_tokens = floats[6:]
 
     def grow(self, capacity: int) -> None:
         self.active = grown(self.active, capacity, 0)

@@ -1,7 +1,8 @@
 """How each API's streams carry usage and end: the one thing about a stream that the relay must understand.
 
 A dialect looks at a whole event's bytes and says whether it must be held back: a *carrier* gets the receipt as
-`energy`, a *terminal* event ends the stream and is preceded by the energy comment. Everything else passes untouched.
+`energy`, a *terminal* event ends the stream and is preceded by the energy comment, a *failure* is the backend's error,
+which goes out in our envelope. Everything else passes untouched.
 Neither can hide inside a JSON string: there, quotes are escaped.
 """
 
@@ -13,7 +14,7 @@ import msgspec
 
 from proxy.energy.receipt import Tokens
 from proxy.errors import ApiError
-from proxy.relay import splice, sse
+from proxy.relay import refusals, splice, sse
 
 
 class Role(Flag):
@@ -22,6 +23,18 @@ class Role(Flag):
     PASS = 0
     CARRIER = auto()
     TERMINAL = auto()
+    FAILURE = auto()
+
+
+#: More tokens than any request has (and than the store's columns hold): a backend that says so does not know.
+_MOST_TOKENS = 2**31 - 1
+
+
+def _count(told: int | None) -> int | None:
+    return told if told is not None and 0 <= told <= _MOST_TOKENS else None
+
+
+_NULL = msgspec.Raw(b"null")
 
 
 class PromptDetails(msgspec.Struct):
@@ -41,9 +54,9 @@ class Usage(msgspec.Struct):
     def tokens(self) -> Tokens:
         details = self.prompt_tokens_details or self.input_tokens_details
         return Tokens(
-            prompt=self.input_tokens if self.prompt_tokens is None else self.prompt_tokens,
-            completion=self.output_tokens if self.completion_tokens is None else self.completion_tokens,
-            cached=details.cached_tokens if details else None,
+            prompt=_count(self.input_tokens if self.prompt_tokens is None else self.prompt_tokens),
+            completion=_count(self.output_tokens if self.completion_tokens is None else self.completion_tokens),
+            cached=_count(details.cached_tokens) if details else None,
         )
 
 
@@ -62,7 +75,7 @@ class Answer(msgspec.Struct):
     usage: Usage | None = None
     timings: Timings | None = None
     choices: list[msgspec.Raw] | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NULL  # `Raw | None` would take nothing but null
 
 
 _answer = msgspec.json.Decoder(Answer).decode
@@ -71,9 +84,19 @@ _answer = msgspec.json.Decoder(Answer).decode
 def read_answer(data: bytes) -> Answer:
     """Decode what an answer says of its own work; nothing known where it is not of that form."""
     try:
-        return _answer(data)
-    except (msgspec.DecodeError, RecursionError):
+        return read_json_answer(data)
+    except ValueError:
         return Answer()
+
+
+def read_json_answer(data: bytes) -> Answer:
+    """As `read_answer`; raises ValueError for what is no JSON at all."""
+    try:
+        return _answer(data)
+    except (msgspec.ValidationError, RecursionError):
+        return Answer()
+    except msgspec.DecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
 
 
 class Dialect(Protocol):
@@ -87,6 +110,10 @@ class Dialect(Protocol):
         ...
 
     def answer(self, carrier: bytes) -> Answer: ...
+    def failure(self, event: bytes) -> ApiError:
+        """The error that a backend tells in its stream, as the client is to see it."""
+        ...
+
     def with_energy(self, carrier: bytes, energy: bytes) -> bytes: ...
     def envelope(self, error: ApiError) -> bytes:
         """The body of an error's answer."""
@@ -105,19 +132,26 @@ class OpenAI:
     name: str = "openai"
 
     def suspects(self, run: bytes) -> bool:
-        return b"[DONE]" in run or b'"usage":{' in run or b'"usage": {' in run
+        return b"[DONE]" in run or b'"usage":{' in run or b'"usage": {' in run or b'"error":' in run
 
     def role(self, event: bytes) -> Role:
         data = sse.payload(event)
         if data.strip() == b"[DONE]":
             return Role.TERMINAL
-        if b'"usage"' not in data:
+        if b'"usage"' not in data and b'"error"' not in data:
             return Role.PASS
         answer = read_answer(data)
-        return Role.CARRIER if answer.usage is not None and not answer.choices else Role.PASS
+        if answer.choices:
+            return Role.PASS
+        if answer.error != _NULL:
+            return Role.FAILURE
+        return Role.CARRIER if answer.usage is not None else Role.PASS
 
     def answer(self, carrier: bytes) -> Answer:
         return read_answer(sse.payload(carrier))
+
+    def failure(self, event: bytes) -> ApiError:
+        return refusals.of_event(sse.payload(event))
 
     def with_energy(self, carrier: bytes, energy: bytes) -> bytes:
         return sse.with_payload(carrier, splice.append_member(sse.payload(carrier), b"energy", energy))
@@ -147,16 +181,21 @@ class Named:
     closing: bytes = b""
 
     def suspects(self, run: bytes) -> bool:
-        return any(mark in run for mark in (*self.carriers, *self.terminals))
+        return any(mark in run for mark in (*self.carriers, *self.terminals, b"event: error", b'"error"'))
 
     def role(self, event: bytes) -> Role:
         type_ = _event_type(event)
+        if type_ == b"error":
+            return Role.FAILURE
         carrier = Role.CARRIER if type_ in self.carriers else Role.PASS
         return carrier | (Role.TERMINAL if type_ in self.terminals else Role.PASS)
 
     def answer(self, carrier: bytes) -> Answer:
         data = sse.payload(carrier)
         return read_answer((splice.nested(data, self.inside) or data) if self.inside else data)
+
+    def failure(self, event: bytes) -> ApiError:
+        return refusals.of_event(sse.payload(event))
 
     def with_energy(self, carrier: bytes, energy: bytes) -> bytes:
         data = sse.payload(carrier)

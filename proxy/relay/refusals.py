@@ -1,5 +1,6 @@
 """A backend's own error as the client is to see it: OpenAI's envelope with all four keys, whatever it was."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -11,6 +12,10 @@ _KNOWN_TYPES = frozenset(
 )
 
 
+#: What may stand in a header: seconds or a date.
+_PLAIN = re.compile(r"[ -~]{1,64}")
+
+
 def translate(status: int, body: bytes, retry_after: str | None) -> ApiError:
     """Build the error for an answer of 400 and above. A 422 becomes a 400; an `int` code (vLLM's) becomes null."""
     detail = _detail(body)
@@ -20,9 +25,15 @@ def translate(status: int, body: bytes, retry_after: str | None) -> ApiError:
     error.param = param if isinstance(param, str) else None
     error.code = code if isinstance(code, str) else error.code
     error.type = type_ if type_ in _KNOWN_TYPES else error.type
-    if retry_after is not None:
+    if retry_after is not None and _PLAIN.fullmatch(retry_after):
         error.headers["Retry-After"] = retry_after
     return error
+
+
+def of_event(data: bytes) -> ApiError:
+    """The error for one that a backend tells within a stream; its status is the error's code, if that is one."""
+    code = _detail(data).get("code")
+    return translate(code if isinstance(code, int) and 400 <= code < 600 else 500, data, None)
 
 
 def _of_status(status: int, message: str) -> ApiError:

@@ -21,7 +21,7 @@ from proxy.errors import ApiError, Unavailable, UpstreamFailed
 from proxy.relay import refusals, splice, sse
 from proxy.relay.call import Call, ClientGone, Receive, Scope, Send, read_call, read_headers, upstream_body
 from proxy.relay.dialects import Answer as Told
-from proxy.relay.dialects import Timings, read_answer
+from proxy.relay.dialects import Timings, read_json_answer
 from proxy.relay.endpoints import Endpoint
 from proxy.relay.observe import Observation
 from proxy.relay.reply import Reply, passed_back
@@ -73,6 +73,10 @@ class Relay:
         self._endpoint = endpoint
         self._services = services
 
+    def envelope(self, error: ApiError) -> bytes:
+        """The body of an error's answer in the endpoint's API."""
+        return self._endpoint.dialect.envelope(error)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         reply = Reply(send, secrets.token_hex(16))
@@ -85,7 +89,10 @@ class Relay:
             pass
         except ApiError as error:
             code = error.status
-            await reply.error(error, [], self._endpoint.dialect.envelope(error))
+            await reply.error(error, [], self.envelope(error))
+        except Exception:
+            code = 500
+            raise
         finally:
             self._services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
 
@@ -141,6 +148,9 @@ class Exchange:
             if not watch.done():
                 raise
             me.uncancel()
+        except Exception:
+            self._finish("failed", Told())
+            raise
         finally:
             watch.remove_done_callback(client_left)
             watch.cancel()
@@ -191,6 +201,8 @@ class Exchange:
             await self._fail(error)
         elif answer.status >= 300:
             await self._fail(UpstreamFailed(f"The backend answered with a redirect ({answer.status})."))
+        elif answer.header("Content-Encoding") not in {None, "identity"}:
+            await self._fail(UpstreamFailed("The backend compressed its answer, though asked not to."))
         elif answer.content_type.startswith("text/event-stream"):
             await self._stream(answer)
         else:
@@ -198,8 +210,9 @@ class Exchange:
 
     async def _whole(self, answer: Answer) -> None:
         body = await answer.whole()
-        is_object = answer.content_type.startswith("application/json") and splice.is_object(body)
-        receipt = self._finish("completed", read_answer(body) if is_object else Told())
+        is_json = answer.content_type.startswith("application/json")
+        receipt = self._finish("completed", read_json_answer(body) if is_json else Told())
+        is_object = is_json and splice.is_object(body)
         if is_object and self._call.headers.energy_body:
             body = splice.append_member(body, b"energy", encode_receipt(receipt))
         headers = passed_back(answer.headers) + receipt_headers(receipt)
@@ -230,16 +243,16 @@ class Exchange:
 
     async def _forward(self, answer: Answer, sifter: Sifter) -> None:
         cutter = sse.EventCutter()
-        first = True
+        begun = False
         async for data in answer.chunks():
             run = cutter.feed(data)
             if not run:
                 continue
-            if first:
-                first = False
+            if not begun and sse.count_data(run):
+                begun = True
                 self._services.observer.first_token(self._model, time.perf_counter() - self._began)
-            if self._observation is not None:
-                self._observation.events(run.count(b"\n\n"), now())
+            if self._observation is not None and begun:
+                self._observation.events(sse.count_data(run), now())
             out = sifter.sift(run)
             if out:
                 await self._reply.chunk(out)
@@ -248,6 +261,7 @@ class Exchange:
             await self._reply.chunk(rest)
 
     async def _close_stream(self, sifter: Sifter, error: ApiError | None) -> None:
+        error = error or sifter.failure
         receipt = self._finish("failed" if error else "completed", sifter.answer())
         energy = encode_receipt(receipt) if self._call.headers.energy_body else None
         await self._reply.end(sifter.close(energy, error))

@@ -58,7 +58,3 @@ class Reply:
         own = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
         kind = (b"content-type", b"application/json")
         await self.whole(error.status, [kind, *own, *headers], error.encode() if body is None else body)
-
-    async def refuse(self, error: ApiError) -> None:
-        """An error of a request that did no work: nothing to account for."""
-        await self.error(error, [])

@@ -44,6 +44,11 @@ def events(run: bytes) -> list[bytes]:
     return [event + b"\n\n" for event in normal.split(b"\n\n") if event]
 
 
+def count_data(run: bytes) -> int:
+    """How many events of a run carry data; comments, such as signs of life, do not."""
+    return run.count(b"\ndata:") + run.startswith(b"data:")
+
+
 def payload(event: bytes) -> bytes:
     """The joined `data:` lines of one event."""
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
@@ -51,9 +56,9 @@ def payload(event: bytes) -> bytes:
 
 
 def with_payload(event: bytes, data: bytes) -> bytes:
-    """The same event (its `event:` and `id:` lines kept) with other data, which has no line breaks."""
+    """The same event (its `event:` and `id:` lines kept) with other data."""
     others = [line for line in event.splitlines() if line and not line.startswith(b"data:")]
-    return b"\n".join([*others, b"data: " + data]) + b"\n\n"
+    return b"\n".join([*others, *(b"data: " + line for line in data.split(b"\n"))]) + b"\n\n"
 
 
 def comment(text: bytes) -> bytes:

@@ -7,6 +7,8 @@ import aiohttp
 
 from proxy.errors import JoulegateError
 
+#: Less than servers wait (uvicorn, so vLLM too: 5 s), so that none closes a connection just as it is used again.
+_KEEP_ALIVE_SECONDS: Final = 4.0
 _MAX_ANSWER_BYTES: Final = 512 * 1024 * 1024
 
 
@@ -66,11 +68,12 @@ class Upstream:
 
     def __init__(self, *, connect_seconds: float = 5.0) -> None:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            headers={"Accept-Encoding": "identity"},  # what it says must be read and added to
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+            skip_auto_headers=("User-Agent", "Accept"),
             read_bufsize=256 * 1024,
         )
 

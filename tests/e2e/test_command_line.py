@@ -171,6 +171,32 @@ def test_a_bad_configuration_is_one_line_and_exit_2(tmp_path: Path, command: lis
     assert done.stdout == ""
 
 
+def test_what_cannot_be_started_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    config = tmp_path / "replayed.yaml"
+    config.write_text("energy: {meters: {replay: nowhere.jsonl}}\nmodels: []\n")
+    done = joulegate("serve", "--port", "0", "--log-level", "error", "--config", str(config), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "nowhere.jsonl: cannot be read" in one_line(done.stderr)
+
+
+def test_a_host_that_is_no_name_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    done = joulegate("serve", "--port", "0", "--host", "a..b", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot listen on a..b" in one_line(done.stderr)
+
+
+def test_why_a_model_is_not_available_is_shown_whole(tmp_path: Path) -> None:
+    config = tmp_path / "one.yaml"
+    config.write_text("models: [{name: big, backend: {kind: transformers, model: './a[b]'}}]\n")
+    serving = Serving(tmp_path, "--config", str(config))
+    try:
+        until(lambda: "Ctrl-C" in serving.output)
+        shown = next(line for line in serving.output.splitlines() if "not available" in line)
+    finally:
+        serving.stop(signal.SIGTERM)
+    assert "there is no folder a[b]" in shown
+
+
 def test_a_good_configuration_is_ok(tmp_path: Path) -> None:
     config = tmp_path / "good.yaml"
     config.write_text("energy: {carbon: {source: codecarbon, country: FRA}}\n")
@@ -179,7 +205,8 @@ def test_a_good_configuration_is_ok(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["serve", "--port", "many"], ["dance"], ["replay"], ["serve", "--log-level", "loud"]]
+    "arguments",
+    [["serve", "--port", "many"], ["serve", "--host", ""], ["dance"], ["replay"], ["serve", "--log-level", "loud"]],
 )
 def test_wrong_usage_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str]) -> None:
     done = joulegate(*arguments, cwd=tmp_path)

@@ -80,6 +80,23 @@ def test_the_wrong_method_and_the_wrong_path_have_the_envelope_too(proxy: Proxy)
     assert proxy.client.post("/v1/load_lora_adapter", json={}).status_code == 404
 
 
+def test_refusals_on_anthropics_paths_have_its_envelope(proxy: Proxy) -> None:
+    refused = proxy.client.post("/v1/messages", json={}, headers={"Host": "evil.example"})
+    assert refused.status_code == 403
+    for answer in (refused, proxy.client.get("/v1/messages")):
+        body = answer.json()
+        assert body["type"] == "error"
+        assert set(body["error"]) == {"type", "message"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
+def test_head_is_get_without_its_body(proxy: Proxy, path: str) -> None:
+    answer = proxy.client.head(path)
+    assert answer.status_code == 200
+    assert answer.content == b""
+    assert answer.headers["Content-Type"] == proxy.client.get(path).headers["Content-Type"]
+
+
 def test_an_unknown_receipt_is_404(proxy: Proxy) -> None:
     answer = proxy.client.get("/v1/energy/receipts/" + "0" * 32)
     assert answer.status_code == 404
@@ -106,6 +123,24 @@ def test_a_stream_cut_off_tells_the_error_then_the_energy_then_ends(proxy: Proxy
     assert comment["outcome"] == "failed"
     assert answer.text.index('"error"') < answer.text.index(": energy")
     assert proxy.receipt(answer.headers["X-Request-Id"])["energy_joules"] > 1
+
+
+def test_an_error_in_the_backends_stream_is_told_in_the_envelope_and_the_request_has_failed(proxy: Proxy) -> None:
+    answer = proxy.post("/v1/chat/completions", chat("hi [[tokens=9 error_after=2]]", stream=True))
+    *_, failure, done = events(answer.text)
+    assert set(failure["error"]) == ENVELOPE
+    assert failure["error"]["message"] == "a fake error in the stream"
+    assert failure["error"]["code"] != 500
+    assert done == "[DONE]"
+    assert energy_comment(answer.text)["outcome"] == "failed"
+    assert answer.text.index('"error"') < answer.text.index(": energy")
+
+
+def test_an_answer_that_is_not_json_though_it_says_so_is_502(proxy: Proxy) -> None:
+    answer = proxy.post("/v1/chat/completions", chat("hi [[garbage]]"))
+    assert answer.status_code == 502
+    error(answer)
+    assert proxy.receipt(answer.headers["X-Request-Id"])["outcome"] == "failed"
 
 
 def test_an_answer_cut_off_is_502_with_a_receipt(proxy: Proxy) -> None:
@@ -176,3 +211,23 @@ def test_without_any_meter_it_serves_and_gives_no_figure(tmp_path: Path) -> None
         assert answer.json()["energy"]["energy_joules"] is None
         stream = proxy.post("/v1/chat/completions", chat("hi", stream=True))
         assert stream.headers["X-Energy-Status"] == "unavailable"
+
+
+def test_without_any_meter_requests_still_leave_the_memory_for_the_store(tmp_path: Path) -> None:
+    with running(tmp_path, models=MODELS[:1], meters=[]) as proxy:
+        ids = {proxy.post("/v1/chat/completions", chat("hi")).headers["X-Request-Id"] for _ in range(3)}
+        until(proxy.settled)
+        assert proxy.receipt(ids.copy().pop())["status"] == "unavailable"
+        until(lambda: {receipt["id"] for receipt in proxy.stored()} == ids)
+
+
+def test_a_store_that_cannot_be_used_costs_old_receipts_only_and_is_not_described_to_clients(tmp_path: Path) -> None:
+    secret = tmp_path / "private" / "receipts.db"
+    with running(tmp_path, models=MODELS[:1], store={"url": f"sqlite:///{secret}"}) as proxy:
+        answer = proxy.post("/v1/chat/completions", chat("hi"))
+        assert answer.status_code == 200
+        assert proxy.receipt(answer.headers["X-Request-Id"])["energy_joules"] > 0
+        old = proxy.client.get("/v1/energy/receipts/" + "0" * 32)
+        assert (old.status_code, error(old)["code"]) == (503, "store_unavailable")
+        assert int(old.headers["Retry-After"]) > 0
+        assert "private" not in old.text

@@ -35,6 +35,13 @@ def test_pages_of_other_origins_are_refused_and_get_no_cors(proxy: Proxy) -> Non
     assert proxy.client.get("/health", headers={"Origin": proxy.url}).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["http://[", "null", "http://", "localhost"])
+def test_an_origin_that_is_none_is_refused_in_the_envelope(proxy: Proxy, origin: str) -> None:
+    answer = proxy.client.get("/v1/models", headers={"Origin": origin})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "origin_not_allowed"
+
+
 def test_allowed_origins_may_read_the_energy_headers(tmp_path: Path) -> None:
     with running(tmp_path, models=MODELS[:1], server={"cors_origins": ["https://app.example"]}) as proxy:
         answer = proxy.post("/v1/chat/completions", CHAT, Origin="https://app.example")

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.energy.receipt import Tokens
 from proxy.errors import UpstreamFailed
-from proxy.relay.dialects import ANTHROPIC, IMAGES, OPENAI, RESPONSES, Dialect
+from proxy.relay.dialects import ANTHROPIC, IMAGES, OPENAI, RESPONSES, Dialect, read_answer
 from proxy.relay.sift import Sifter
-from proxy.relay.sse import EventCutter
+from proxy.relay.sse import EventCutter, count_data
 
 ENERGY = b'{"energy_joules":1.5}'
 TOKEN = b'data: {"choices":[{"delta":{"content":"hi \\"usage\\":{"}}]}\n\n'
@@ -31,6 +32,71 @@ def test_the_usage_chunk_carries_the_receipt_beside_usage() -> None:
     carrier = json.loads(out.split(b"\n\n")[1].removeprefix(b"data: "))
     assert carrier["energy"] == {"energy_joules": 1.5}
     assert carrier["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+@pytest.mark.parametrize("code", ["400", "null", '"bad_thing"'])
+def test_a_backends_error_event_is_told_in_our_envelope_and_is_a_failure(code: str) -> None:
+    sifter = Sifter(OPENAI, True)
+    event = b'data: {"error":{"message":"it broke","type":"Odd","param":null,"code":%s}}\n\n' % code.encode()
+    assert sifter.sift(TOKEN + event) == TOKEN
+    assert sifter.sift(DONE) == b""
+    assert sifter.failure is not None
+    failure, comment, done, rest = sifter.close(ENERGY, sifter.failure).split(b"\n\n")
+    told = json.loads(failure.removeprefix(b"data: "))["error"]
+    assert set(told) == {"message", "type", "param", "code"}
+    assert told["message"] == "it broke"
+    assert not isinstance(told["code"], int)
+    assert (comment, done, rest) == (b": energy " + ENERGY, b"data: [DONE]", b"")
+
+
+@pytest.mark.parametrize("text", [b'{"error": 1}', b'"error":'])
+def test_talk_of_errors_is_none(text: bytes) -> None:
+    event = b"data: " + json.dumps({"choices": [{"delta": {"content": text.decode()}}], "error": None}).encode()
+    sifter = Sifter(OPENAI, True)
+    assert sifter.sift(event + b"\n\n") == event + b"\n\n"
+    assert sifter.failure is None
+
+
+def test_an_anthropic_error_event_is_a_failure_too() -> None:
+    sifter = Sifter(ANTHROPIC, True)
+    data = b'{"type":"error","error":{"type":"api_error","message":"it broke"}}'
+    assert sifter.sift(b"event: error\ndata: " + data + b"\n\n") == b""
+    out = sifter.close(ENERGY, sifter.failure)
+    assert json.loads(out.split(b"\n")[1].removeprefix(b"data: ")) == json.loads(data)
+
+
+def test_the_energy_comment_of_a_proxy_behind_this_one_is_not_passed_on() -> None:
+    out = through([TOKEN, b': energy {"energy_joules":9}\n\n', DONE])
+    assert out.count(b": energy ") == 1
+    assert ENERGY in out
+
+
+def test_a_usage_chunk_of_several_lines_stays_one_event() -> None:
+    pretty = b'data: {"choices": [],\ndata:  "usage": {"prompt_tokens": 3}}\n\n'
+    carrier = through([TOKEN, pretty, DONE]).split(b"\n\n")[1]
+    lines = [line.removeprefix(b"data: ") for line in carrier.split(b"\n")]
+    assert json.loads(b"\n".join(lines))["energy"] == {"energy_joules": 1.5}
+
+
+@pytest.mark.parametrize("count", [-1, 2**31, 10**30])
+def test_impossible_token_counts_are_not_known(count: int) -> None:
+    usage = read_answer(b'{"usage":{"prompt_tokens":%d,"completion_tokens":2}}' % count).usage
+    assert usage is None or usage.tokens() == Tokens(None, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("run", "count"),
+    [
+        (TOKEN + TOKEN, 2),
+        (b": ping\n\n", 0),
+        (b": ping\n\n" + TOKEN, 1),
+        (TOKEN.replace(b"\n", b"\r\n") * 3, 3),
+        (b'data: {"content":"data: data:"}\n\n', 1),
+        (b"event: x\ndata: 1\n\n", 1),
+    ],
+)
+def test_only_events_with_data_are_counted(run: bytes, count: int) -> None:
+    assert count_data(run) == count
 
 
 def test_the_energy_comment_stands_right_before_the_terminal_event() -> None:
