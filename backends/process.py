@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backends import child
 from backends.spec import BackendSpec, Launch
-from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE
+from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE, SUPERVISED_VARIABLE
 
 _KEPT_LINES = 200
 _LINE_CHARACTERS = 2000
@@ -40,6 +40,7 @@ def environment_of(
         SOCKET_VARIABLE: str(socket),
         BACKEND_VARIABLE: spec.name,
         DEVICES_VARIABLE: ",".join(spec.device_names),
+        SUPERVISED_VARIABLE: "1",
         **launch.environment,
     }
 
