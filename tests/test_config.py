@@ -33,8 +33,8 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_the_example_of_the_documentation_is_taken(tmp_path: Path) -> None:
     config = load(written(tmp_path, DESIGN_EXAMPLE))
-    assert [model.spec().device_names for model in config.models] == [("gpu:0",), ("gpu:1",), ("gpu:1",), ("host",)]
-    assert config.models[0].spec().args == {"max-model-len": 8192}
+    assert [model.specs()[0].device_names for model in config.models] == [("gpu:0",), ("gpu:1",), ("gpu:1",), ("host",)]
+    assert config.models[0].specs()[0].args == {"max-model-len": 8192}
 
 
 def test_without_a_file_the_starter_models_are_served() -> None:
@@ -88,7 +88,7 @@ def test_a_key_that_stands_twice_is_refused_and_named(tmp_path: Path) -> None:
 
 def test_yaml_merges_still_work(tmp_path: Path) -> None:
     text = "models:\n- {name: a, backend: &one {kind: vllm, model: m}}\n- {name: b, backend: {<<: *one, model: n}}\n"
-    assert [model.backend.model for model in load(written(tmp_path, text)).models] == ["m", "n"]
+    assert [model.specs()[0].model for model in load(written(tmp_path, text)).models] == ["m", "n"]
 
 
 def test_two_models_of_one_name_are_refused() -> None:
