@@ -89,7 +89,7 @@ class BackendProcess:
             self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
             await self._logs_end()
             # Killed from outside, it did not say why: its last line is about something else.
-            cause = cause_in(self._logs.lines, any_line=code >= 0)
+            cause = cause_in(list(self._logs.lines), any_line=code >= 0)
             return f"{_ending(code)}: {cause}" if cause else _ending(code)
         return ""
 
@@ -173,6 +173,8 @@ _EXCEPTION = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Interrupt
 _HOLLOW = re.compile(r"root cause|initialization failed|see (?:the )?(?:logs?|stack ?trace)|core proc", re.IGNORECASE)
 
 
+_VALIDATION = re.compile(r"\d+ validation errors? for")
+_PROCESS = re.compile(r"^\(\S+(?: pid=\d+)?\)\s*")
 _LABEL = re.compile(r"^(?:ERROR|CRITICAL|FATAL):?\s+")
 
 
@@ -181,10 +183,23 @@ def cause_in(lines: Sequence[str], *, any_line: bool = True) -> str:
 
     Without an error among the lines it is the last one, if `any_line` will do.
     """
-    exceptions = [found[1] for line in lines if (found := _EXCEPTION.search(line))]
+    exceptions = [
+        _with_detail(found[1], lines[index + 1 : index + 3])
+        for index, line in enumerate(lines)
+        if (found := _EXCEPTION.search(line))
+    ]
     errors = [line for line in lines if level_of(line) >= logging.ERROR]
     for candidates in (exceptions, errors):
         telling = [line for line in candidates if ":" in line and not _HOLLOW.search(line)]
         if telling:
             return _LABEL.sub("", telling[-1].strip())
     return lines[-1].strip() if lines and any_line else ""
+
+
+def _with_detail(error: str, following: Sequence[str]) -> str:
+    """pydantic says what is wrong below its error: the field on a line of its own (or none), then the reason."""
+    if not _VALIDATION.search(error):
+        return error
+    details = [_PROCESS.sub("", line).strip() for line in following]
+    reason = next((detail for detail in details if "[type=" in detail), "")
+    return f"{error}: {reason.partition(' [type=')[0]}" if reason else error

@@ -291,6 +291,15 @@ def test_the_level_of_a_line_is_kept(line: str, level: int) -> None:
             ],
             "ValueError: No available memory for the cache blocks.",
         ),
+        (
+            [
+                "(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "(APIServer pid=7)   Value error, max_model_len (9) is greater than 8 [type=value_error, input=1]",
+                "(APIServer pid=7)     For further information visit https://errors.pydantic.dev/2.14/v/value_error",
+            ],
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: "
+            "Value error, max_model_len (9) is greater than 8",
+        ),
         (["serve: error: unrecognized arguments: --nonsense"], "serve: error: unrecognized arguments: --nonsense"),
         ([], ""),
     ],
