@@ -38,7 +38,7 @@ def environment_of(
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.devices)),
         SOCKET_VARIABLE: str(socket),
-        BACKEND_VARIABLE: spec.name,
+        BACKEND_VARIABLE: spec.id,
         DEVICES_VARIABLE: ",".join(spec.device_names),
         SUPERVISED_VARIABLE: "1",
         **launch.environment,

@@ -11,7 +11,7 @@ Task = Literal["chat", "classification", "image", "embedding", "score", "audio"]
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """One backend as configured. `name` is the public name of the model it serves and of the backend itself.
+    """One backend as configured. `name` is the public name of the model it serves; replicas of a model share it.
 
     `devices` are GPU indices as NVML counts them; none means the CPU. `args` are passed to the engine. `python` is the
     interpreter of an environment of its own. `url`, `api_key_env` and `steps` (socket path) belong to `remote`.
@@ -28,6 +28,12 @@ class BackendSpec:
     api_key_env: str | None = None
     steps: str | None = None
     startup_seconds: float = 600.0
+    replica: int = 1
+
+    @property
+    def id(self) -> str:
+        """The name of the backend itself: the model's, with the replica's number from the second on."""
+        return self.name if self.replica == 1 else f"{self.name}-{self.replica}"
 
     @property
     def device_names(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Supervisor:
         self._pace = pace or Pace()
         self._client: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._backends = {spec.name: _Backend(spec, self, kinds) for spec in specs}
+        self._backends = {spec.id: _Backend(spec, self, kinds) for spec in specs}
 
     @property
     def pace(self) -> Pace:
@@ -168,7 +168,7 @@ class _Backend:
     """One backend's life: started, watched, and started again."""
 
     def __init__(self, spec: BackendSpec, supervisor: Supervisor, kinds: Callable[[str], BackendKind]) -> None:
-        self.status = BackendStatus(spec.name, spec.kind, "stopped", since=time.time())
+        self.status = BackendStatus(spec.id, spec.kind, "stopped", since=time.time())
         self.ready = asyncio.Event()
         self.doubted = asyncio.Event()
         self._spec = spec
@@ -208,7 +208,7 @@ class _Backend:
         except BackendError as error:
             self._down(_one_line(error))
         except Exception as error:
-            logger.exception("%s: cannot be started", self._spec.name)
+            logger.exception("%s: cannot be started", self._spec.id)
             self._down(f"{type(error).__name__}: {_one_line(error)}")
 
     def _launch(self, port: int) -> Launch | None:
@@ -218,7 +218,7 @@ class _Backend:
     # --- a process of ours ---
 
     async def _run_process(self, launch: Launch, port: int) -> None:
-        supervisor, name = self._supervisor, self._spec.name
+        supervisor, name = self._supervisor, self._spec.id
         environment = environment_of(self._spec, launch, supervisor.steps_socket, supervisor.python_path)
         process = await BackendProcess.start(name, launch.command, environment)
         self._change(pid=process.pid, reports_steps=launch.reports_steps)
@@ -250,7 +250,7 @@ class _Backend:
             if waited > self._spec.startup_seconds:
                 return False
             if waited > told:
-                logger.info("%s: still starting after %.0f s: %s", self._spec.name, waited, process.last_line)
+                logger.info("%s: still starting after %.0f s: %s", self._spec.id, waited, process.last_line)
                 told *= 2
             await asyncio.sleep(delay)
             delay = min(delay * 1.1, 10 * self._pace.poll)
@@ -285,7 +285,7 @@ class _Backend:
         self.ready.set()
         self._change(state="ready", url=url, error=None)
         self._told = ""
-        logger.info("%s: ready", self._spec.name)
+        logger.info("%s: ready", self._spec.id)
 
     def _fall(self, error: str) -> State:
         """It does not serve any more; the state it is in now."""
@@ -298,7 +298,7 @@ class _Backend:
     def _down(self, error: str, state: State | None = None) -> None:
         state = state or self._fall(error)
         level = logging.DEBUG if error == self._told else logging.ERROR  # said once, not at every try
-        logger.log(level, "%s: %s; it will be tried again", self._spec.name, error)
+        logger.log(level, "%s: %s; it will be tried again", self._spec.id, error)
         self._told = error
         self._change(state=state, url=None, error=error)
 
@@ -332,7 +332,7 @@ def _check_devices(spec: BackendSpec) -> None:
     count = sum(1 for _ in NVIDIA_GPUS.iterdir())
     for device in spec.devices:
         if device >= count:
-            raise BackendError(f"{spec.name}: there is no GPU {device}: this machine has {count}, numbered from 0")
+            raise BackendError(f"{spec.id}: there is no GPU {device}: this machine has {count}, numbered from 0")
 
 
 def _free_port() -> int:

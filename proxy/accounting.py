@@ -87,7 +87,7 @@ class Ticket:
 
     def fail_attempt(self) -> None:
         """The last attempt failed and another will be made: what it burnt counts as wasted."""
-        self._accountant.apply(Finish(self.attempts[-1], now(), "failed"))
+        self._accountant.end_attempt(self.attempts[-1])
 
     def finish(self, outcome: Outcome, tokens: Tokens) -> Receipt:
         """End the request and return its receipt as far as it is known now."""
@@ -148,11 +148,17 @@ class Accountant:
         return Ticket(self, request)
 
     def begin(self, ticket: Ticket, attempt: str, backend: str) -> None:
-        ticket.measurable = self._measurable(backend)
+        measurable = self._measurable(backend)
+        ticket.measurable = ticket.measurable and measurable
         self._tickets[attempt] = ticket
-        self._in_flight[attempt] = ticket.measurable
+        self._in_flight[attempt] = measurable
         self._unsettled[ticket.request.id] = ticket
         self.apply(Start(attempt, now(), backend))
+
+    def end_attempt(self, attempt: str) -> None:
+        """An attempt that is not its request's last has failed."""
+        self._finished_since[attempt] = self._in_flight.pop(attempt)
+        self.apply(Finish(attempt, now(), "failed"))
 
     def end(self, ticket: Ticket, outcome: Outcome) -> None:
         for attempt in ticket.attempts:

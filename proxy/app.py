@@ -39,8 +39,9 @@ from proxy.meter.sampler import Sampler
 from proxy.recorder import Recorder
 from proxy.relay.endpoints import ENDPOINTS
 from proxy.relay.observe import Observation
-from proxy.relay.relay import Relay, Services, tick
+from proxy.relay.relay import Patience, Relay, Services, tick
 from proxy.relay.upstream import Upstream
+from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 from proxy.settings import carbon_intensity, meter_settings, receipt_store
 from proxy.store.receipts import ReceiptStore
@@ -77,9 +78,9 @@ class Node:
         self.config = config
         self.started = asyncio.Event()
         self.failure: JoulegateError | OSError | None = None
-        self.specs = [model.spec() for model in config.models]
         self._kinds = kinds
-        self.registry = Registry(self.specs, kinds)
+        self.registry = Registry([model.plan() for model in config.models], kinds)
+        self.intake = Intake()
         self.discovery = discovery or Discovery([], [])
         self._discover = discovery is None
         self._store = receipt_store(config.store)
@@ -93,13 +94,9 @@ class Node:
 
     async def wait_until_settled(self) -> None:
         """Until every backend is ready or has failed once."""
-        while any(self._loading(name) for name in self.registry.models):
+        while any(map(self.registry.loading, self.registry.specs)):
             self._changed.clear()
             await self._changed.wait()
-
-    def _loading(self, name: str) -> bool:
-        state = self.registry.states.get(name)
-        return state is None or state.state == "starting"
 
     def _around(self, pages: FastAPI) -> ASGIApp:
         server, auth = self.config.server, self.config.auth
@@ -129,14 +126,25 @@ class Node:
         accountant = self._accountant(stack, _Sink(store, metrics))
         supervisor = await self._start_backends(stack, accountant)
         sampler = await self._start_meters(stack, accountant, supervisor)
-        upstream = Upstream()
+        timeouts = self.config.server.timeouts
+        upstream = Upstream(connect_seconds=timeouts.connect)
         stack.push_async_callback(upstream.close)
-        limit = self.config.server.max_body_bytes
-        services = Services(accountant, self.registry, upstream, metrics, self._observations, limit, supervisor.suspect)
+        services = Services(
+            accountant,
+            self.registry,
+            upstream,
+            metrics,
+            self._observations,
+            self.config.server.max_body_bytes,
+            supervisor.suspect,
+            self.intake,
+            Patience(timeouts.first_byte, timeouts.total),
+        )
         self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
         metrics.watch(partial(self._snapshot, accountant, sampler, store))
         render = metrics.render if self.config.server.metrics else None
-        return Context(self.registry, accountant, store, sampler.status, render, started=int(time.time()))
+        started = int(time.time())
+        return Context(self.registry, accountant, store, sampler.status, render, started, self.intake)
 
     def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
         energy = self.config.energy
@@ -155,11 +163,12 @@ class Node:
 
     async def _start_backends(self, stack: AsyncExitStack, accountant: Accountant) -> Supervisor:
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joulegate-")))
+        specs = list(self.registry.specs.values())
         supervisor = Supervisor(
-            self.specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant), kinds=self._kinds
+            specs, run_dir=run_dir, on_change=partial(self._backend_changed, accountant), kinds=self._kinds
         )
-        sockets = {supervisor.steps_socket: [spec.name for spec in self.specs if spec.steps is None]}
-        sockets |= {Path(spec.steps): [spec.name] for spec in self.specs if spec.steps is not None}
+        sockets = {supervisor.steps_socket: [spec.id for spec in specs if spec.steps is None]}
+        sockets |= {Path(spec.steps): [spec.id] for spec in specs if spec.steps is not None}
         for path, names in sockets.items():
             receiver = StepReceiver(
                 path,
@@ -200,18 +209,19 @@ class Node:
         return sampler
 
     def _backend_changed(self, accountant: Accountant, status: BackendStatus) -> None:
-        was_loading = status.name in self.registry.states and self._loading(status.name)
+        was_loading = status.name in self.registry.states and self.registry.loading(status.name)
         self.registry.update(status)
         self._changed.set()
-        if self._loading(status.name) != was_loading:
-            devices = self.registry.models[status.name].places
+        if self.registry.loading(status.name) != was_loading:
+            devices = self.registry.places()[status.name]
             accountant.apply(BackendState(status.name, devices, now(), loading=not was_loading))
 
     def _snapshot(self, accountant: Accountant, sampler: Sampler, store: ReceiptStore) -> OperationsSnapshot:
         return OperationsSnapshot(
             devices=accountant.ledger.devices(),
             meters=sampler.status(),
-            backends={name: name not in self.registry.missing() for name in self.registry.models},
+            backends={(spec.name, id): self.registry.up(id) for id, spec in self.registry.specs.items()},
+            queues={name: model.gate.waiting for name, model in self.registry.models.items()},
             intensity=accountant.terms.intensity,
             step_reports=accountant.reports,
             step_reports_lost=accountant.reports_lost,

@@ -13,12 +13,23 @@ from backends.spec import BackendSpec, Kind
 from proxy.energy.receipt import Boundary
 from proxy.energy.registry import PROXY_BACKEND
 from proxy.errors import ConfigError
+from proxy.routing.registry import Affinity, ModelPlan
 
+#: How many may wait for a model that has a max_in_flight and no max_queue.
+_DEFAULT_QUEUE = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Timeouts(_Section):
+    """Seconds: to connect to a backend, until its answer begins, and for a request in all, its wait included."""
+
+    connect: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    first_byte: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    total: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
 
 
 class Server(_Section):
@@ -30,6 +41,8 @@ class Server(_Section):
     cors_origins: list[str] = []
     max_body_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024 * 1024
     metrics: bool = True
+    timeouts: Timeouts = Timeouts()
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
 
 
 class Key(_Section):
@@ -128,20 +141,46 @@ def _has_host(url: str) -> bool:
 
 
 class Model(_Section):
+    """A model and what serves it: one `backend`, or `replicas` that share the work."""
+
     name: str
-    backend: Backend
+    backend: Backend | None = None
+    replicas: Annotated[list[Backend], Field(min_length=1, max_length=64)] | None = None
+    aliases: Annotated[list[str], Field(max_length=64)] = []
+    affinity: Affinity = "none"
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    max_queue: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
-    def _plain_name(self) -> "Model":
-        if not _NAME.fullmatch(self.name):
-            raise ValueError("name must be letters, digits and . _ / : - (at most 128)")
-        if self.name == PROXY_BACKEND:
-            raise ValueError(f"name must not be {PROXY_BACKEND!r}: in the books that is the proxy's own work")
+    def _plain_names(self) -> "Model":
+        for name in (self.name, *self.aliases):
+            if not _NAME.fullmatch(name):
+                raise ValueError("name must be letters, digits and . _ / : - (at most 128)")
+            if name == PROXY_BACKEND:
+                raise ValueError(f"name must not be {PROXY_BACKEND!r}: in the books that is the proxy's own work")
         return self
 
-    def spec(self) -> BackendSpec:
-        backend = self.backend.model_dump()
-        return BackendSpec(name=self.name, **{**backend, "devices": tuple(backend["devices"])})
+    @model_validator(mode="after")
+    def _backend_or_replicas(self) -> "Model":
+        if (self.backend is None) == (self.replicas is None):
+            raise ValueError("needs either backend or replicas, a list of backends")
+        if self.max_queue is not None and self.max_in_flight is None:
+            raise ValueError("max_queue needs max_in_flight: without it nobody waits")
+        return self
+
+    def specs(self) -> tuple[BackendSpec, ...]:
+        """Its backends, each to be supervised on its own."""
+        backends = self.replicas if self.backend is None else [self.backend]
+        return tuple(_spec(self.name, number, backend) for number, backend in enumerate(backends or (), start=1))
+
+    def plan(self) -> ModelPlan:
+        queue = _DEFAULT_QUEUE if self.max_queue is None else self.max_queue
+        return ModelPlan(self.specs(), tuple(self.aliases), self.affinity, self.max_in_flight, queue)
+
+
+def _spec(name: str, replica: int, backend: Backend) -> BackendSpec:
+    fields = backend.model_dump()
+    return BackendSpec(name=name, replica=replica, **{**fields, "devices": tuple(fields["devices"])})
 
 
 def _starter_models() -> list[Model]:
@@ -162,7 +201,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Config":
-        names = [model.name for model in self.models]
+        backends = [spec.id for model in self.models for spec in model.specs()]
+        names = backends + [alias for model in self.models for alias in model.aliases]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} stands twice")

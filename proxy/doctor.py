@@ -61,6 +61,6 @@ def _engines() -> Iterator[tuple[str, list[str], str]]:
 def _models(config: Config) -> Table:
     table = Table("model", "backend", "devices", title="Configured models", title_justify="left")
     for model in config.models:
-        spec = model.spec()
-        table.add_row(spec.name, f"{spec.kind}: {spec.model or spec.url}", ", ".join(spec.device_names))
+        for spec in model.specs():
+            table.add_row(spec.id, f"{spec.kind}: {spec.model or spec.url}", ", ".join(spec.device_names))
     return table

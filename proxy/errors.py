@@ -7,8 +7,10 @@ JoulegateError
     ├── Forbidden          401, 403
     ├── NotFound           404
     ├── BodyTooLarge       413
+    ├── Overloaded         429 with Retry-After: the model's queue is full
     ├── Unavailable        503 with Retry-After: the backend is down or starting
     └── UpstreamFailed     502: the backend broke off, or answered what is no answer
+        └── TimedOut       504: the backend took longer than the configured time
 
 Foreign errors are translated once, where they are caught, with `raise … from`.
 """
@@ -104,9 +106,23 @@ class Unavailable(ApiError):
         super().__init__(message, code=code, headers={"Retry-After": str(retry_after)})
 
 
+class Overloaded(ApiError):
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, model: str, retry_after: int) -> None:
+        message = f"The queue of model '{model}' is full. Try again in {retry_after} s."
+        super().__init__(message, code="queue_full", headers={"Retry-After": str(retry_after)})
+
+
 class UpstreamFailed(ApiError):
     status = 502
     type = "upstream_error"
 
     def __init__(self, message: str, *, code: str = "backend_failed", status: int | None = None) -> None:
         super().__init__(message, code=code, status=status)
+
+
+class TimedOut(UpstreamFailed):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="timeout", status=504)

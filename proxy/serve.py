@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -17,9 +18,13 @@ from proxy.app import Node
 from proxy.config import Config
 from proxy.errors import JoulegateError
 from proxy.recorder import Recorder
+from proxy.routing.intake import Intake
 from proxy.routing.registry import ServedModel
 
-_GRACE_SECONDS = 10
+log = logging.getLogger("joulegate")
+
+#: After the drain, for answers that are no model's.
+_GRACE_SECONDS = 2
 
 #: One request to try for each kind of model: path, JSON body.
 _TRY = {
@@ -66,9 +71,47 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+class DrainingServer(uvicorn.Server):
+    """Told to stop, it first lets the requests under way finish; told again, it does not wait for them.
+
+    Meanwhile it still listens, so that `/ready` and new requests are told that it is draining.
+    """
+
+    def __init__(self, intake: Intake, seconds: float, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._intake = intake
+        self._seconds = seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._intake.draining or not self.started or self._loop is None:
+            super().handle_exit(sig, frame)
+            return
+        self._intake.draining = True
+        self._loop.call_soon_threadsafe(self._begin_to_drain, sig)
+
+    def _begin_to_drain(self, sig: int) -> None:
+        self._drain = asyncio.ensure_future(self._drained(sig))
+
+    async def _drained(self, sig: int) -> None:
+        if self._intake.under_way:
+            log.info("draining: %d requests under way, %g s at most", self._intake.under_way, self._seconds)
+        left = await self._intake.drain(self._seconds)
+        if left:
+            log.warning("%d requests did not finish within %g s and are broken off", left, self._seconds)
+        super().handle_exit(sig, None)
+
+
 def http_server(node: Node) -> uvicorn.Server:
     """The server of a node, as yet without a socket."""
-    return uvicorn.Server(
+    return DrainingServer(
+        node.intake,
+        node.config.server.drain_seconds,
         uvicorn.Config(
             node.asgi,
             http=Protocol,
@@ -78,7 +121,7 @@ def http_server(node: Node) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
+        ),
     )
 
 

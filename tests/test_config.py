@@ -24,6 +24,8 @@ models:
   - {name: elsewhere, backend: {kind: remote, url: "http://10.0.0.5:8000"}}
 """
 
+ENGINE = {"kind": "vllm", "model": "m"}
+
 
 def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "joulegate.yaml"
@@ -33,8 +35,8 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_the_example_of_the_documentation_is_taken(tmp_path: Path) -> None:
     config = load(written(tmp_path, DESIGN_EXAMPLE))
-    assert [model.spec().device_names for model in config.models] == [("gpu:0",), ("gpu:1",), ("gpu:1",), ("host",)]
-    assert config.models[0].spec().args == {"max-model-len": 8192}
+    assert [model.specs()[0].device_names for model in config.models] == [("gpu:0",), ("gpu:1",), ("gpu:1",), ("host",)]
+    assert config.models[0].specs()[0].args == {"max-model-len": 8192}
 
 
 def test_without_a_file_the_starter_models_are_served() -> None:
@@ -61,6 +63,16 @@ def test_without_a_file_the_starter_models_are_served() -> None:
             "a host",
         ),
         ({"server": {"host": ""}}, "server.host", "at least 1"),
+        ({"server": {"timeouts": {"total": 0}}}, "server.timeouts.total", "greater than 0"),
+        ({"models": [{"name": "a"}]}, "models[0]", "either backend or replicas"),
+        (
+            {"models": [{"name": "a", "backend": ENGINE, "replicas": [ENGINE]}]},
+            "models[0]",
+            "either backend or replicas",
+        ),
+        ({"models": [{"name": "a", "replicas": []}]}, "models[0].replicas", "at least 1"),
+        ({"models": [{"name": "a", "backend": ENGINE, "max_queue": 3}]}, "models[0]", "needs max_in_flight"),
+        ({"models": [{"name": "a", "backend": ENGINE, "aliases": ["b c"]}]}, "models[0]", "letters, digits"),
         ({"auth": {"required": True}}, "auth", "no keys"),
     ],
 )
@@ -88,7 +100,15 @@ def test_a_key_that_stands_twice_is_refused_and_named(tmp_path: Path) -> None:
 
 def test_yaml_merges_still_work(tmp_path: Path) -> None:
     text = "models:\n- {name: a, backend: &one {kind: vllm, model: m}}\n- {name: b, backend: {<<: *one, model: n}}\n"
-    assert [model.backend.model for model in load(written(tmp_path, text)).models] == ["m", "n"]
+    assert [model.specs()[0].model for model in load(written(tmp_path, text)).models] == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"name": "a-2", "backend": ENGINE}, {"name": "c", "backend": ENGINE, "aliases": ["a"]}]
+)
+def test_replicas_and_aliases_have_names_of_their_own(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="'a(-2)?' stands twice"):
+        parse({"models": [{"name": "a", "replicas": [ENGINE, ENGINE]}, other]}, source="c.yaml")
 
 
 def test_two_models_of_one_name_are_refused() -> None:

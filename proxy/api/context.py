@@ -7,6 +7,7 @@ from typing import Protocol
 from fastapi import Request
 
 from proxy.accounting import Accountant
+from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 from proxy.store.receipts import ReceiptStore
 
@@ -32,6 +33,7 @@ class Context:
     meters: Callable[[], Sequence[MeterUp]]
     render_metrics: Callable[[], bytes] | None
     started: int
+    intake: Intake
 
 
 def context(request: Request) -> Context:

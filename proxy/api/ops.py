@@ -19,6 +19,8 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready", summary="Whether every configured model can serve", responses={503: {"description": "Not yet"}})
 async def ready(here: Here) -> JSONResponse:
+    if here.intake.draining:
+        return JSONResponse({"status": "draining", "missing": {}}, 503, headers={"Retry-After": "5"})
     missing = here.registry.missing()
     if missing:
         body = {"status": "not ready", "missing": missing}

@@ -113,7 +113,13 @@ def _backends(snapshot: OperationsSnapshot) -> Iterator[Metric]:
         "joulegate_backend_up",
         "Whether the model's backend can serve.",
         ("model", "backend"),
-        [((name, name), float(up)) for name, up in snapshot.backends.items()],
+        [(names, float(up)) for names, up in snapshot.backends.items()],
+    )
+    yield _gauge(
+        "joulegate_queue_length",
+        "Requests that wait for their turn.",
+        ("model",),
+        [((model,), float(count)) for model, count in snapshot.queues.items()],
     )
     yield _counter(
         "joulegate_step_reports",

@@ -34,12 +34,16 @@ class StoreState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OperationsSnapshot:
-    """`backends` says by model whether its backend can serve; step reports are counts since the start, by backend."""
+    """`backends` says by model and backend whether that can serve, `queues` by model how many requests wait.
+
+    Step reports are counts since the start, by backend.
+    """
 
     devices: Sequence[DeviceBalance]
     meters: Sequence[MeterState]
-    backends: Mapping[str, bool]
+    backends: Mapping[tuple[str, str], bool]
     intensity: Intensity
+    queues: Mapping[str, int] = field(default_factory=dict)
     step_reports: Mapping[str, int] = field(default_factory=dict)
     step_reports_lost: Mapping[str, int] = field(default_factory=dict)
     store: StoreState | None = None

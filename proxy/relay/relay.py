@@ -6,19 +6,22 @@ chunks leave as they come, and one small task per request watches for a client t
 
 import asyncio
 import logging
+import math
+import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from proxy.accounting import Accountant, Ticket, now
 from proxy.api.receipts import encode_receipt, receipt_headers, stream_head_headers
 from proxy.energy.events import Outcome
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.receipt import Receipt, Request, Tokens
-from proxy.errors import ApiError, Unavailable, UpstreamFailed
+from proxy.errors import ApiError, TimedOut, Unavailable, UpstreamFailed
 from proxy.relay import refusals, splice, sse
+from proxy.relay.affinity import affinity_of
 from proxy.relay.call import Call, ClientGone, Receive, Scope, Send, read_call, read_headers, upstream_body
 from proxy.relay.dialects import Answer as Told
 from proxy.relay.dialects import Timings, read_json_answer
@@ -27,11 +30,16 @@ from proxy.relay.observe import Observation
 from proxy.relay.reply import Reply, passed_back
 from proxy.relay.sift import Sifter
 from proxy.relay.upstream import Answer, BrokeOff, Unreachable, Upstream
-from proxy.routing.registry import Registry, Route
+from proxy.routing.intake import Intake
+from proxy.routing.registry import Lease, Registry, Route
+from proxy.routing.retries import RETRYABLE, RetryPolicy
 
 log = logging.getLogger("joulegate.relay")
 
 _CLIENT_CLOSED = 499
+_RETRIES = RetryPolicy()
+_LONG_BODY = 32 * 1024
+T = TypeVar("T")
 _SILENT = Nanoseconds(5_000_000_000)
 
 
@@ -42,6 +50,14 @@ class Observer(Protocol):
     def first_token(self, model: str, seconds: float) -> None: ...
     def tokens(self, model: str, kind: str, count: int) -> None: ...
     def in_flight(self, model: str, change: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds: until a backend's answer begins, and for a request in all."""
+
+    first_byte: float
+    total: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,20 @@ class Services:
     observations: set[Observation]
     max_body_bytes: int
     suspect: Callable[[str], None]
+    intake: Intake
+    patience: Patience
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An attempt that another may follow: nothing of its answer has reached the client.
+
+    `asked` is for how many seconds the backend wants to be left alone, `lost` if it closed the connection.
+    """
+
+    error: ApiError
+    asked: float = 0.0
+    lost: bool = False
 
 
 def tick(observations: set[Observation], at: Nanoseconds) -> None:
@@ -81,9 +111,13 @@ class Relay:
         began = time.perf_counter()
         reply = Reply(send, secrets.token_hex(16))
         model, code = "unknown", _CLIENT_CLOSED
+        services, entered = self._services, False
         try:
-            call, model, route = await self._admit(scope, receive, reply)
-            exchange = Exchange(self._services, call, self._request(call, model, reply, scope), route, reply, began)
+            services.intake.enter()
+            entered = True
+            call, model = await self._admit(scope, receive, reply)
+            affinity = affinity_of(services.registry.models[model].plan.affinity, scope["headers"], call)
+            exchange = Exchange(services, call, self._request(call, model, reply, scope), affinity, reply, began)
             code = await exchange.run(receive)
         except ClientGone:
             pass
@@ -94,14 +128,15 @@ class Relay:
             code = 500
             raise
         finally:
-            self._services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
+            if entered:
+                services.intake.leave()
+            services.observer.request_finished(model, self._endpoint.path, code, time.perf_counter() - began)
 
-    async def _admit(self, scope: Scope, receive: Receive, reply: Reply) -> tuple[Call, str, Route]:
+    async def _admit(self, scope: Scope, receive: Receive, reply: Reply) -> tuple[Call, str]:
         headers = read_headers(scope)
         reply.client_request_id = headers.client_request_id
         call = await read_call(headers, self._endpoint, receive, self._services.max_body_bytes)
-        model = self._services.registry.resolve(call.head.model, self._endpoint)
-        return call, model, self._services.registry.route(model)
+        return call, self._services.registry.resolve(call.head.model, self._endpoint)
 
     def _request(self, call: Call, model: str, reply: Reply, scope: Scope) -> Request:
         return Request(
@@ -116,23 +151,29 @@ class Relay:
 
 
 class Exchange:
-    """One request that a backend is to answer, from the sending to the receipt."""
+    """One request that a backend is to answer, from its wait for a turn to the receipt."""
 
     def __init__(
-        self, services: Services, call: Call, request: Request, route: Route, reply: Reply, began: float
+        self, services: Services, call: Call, request: Request, affinity: bytes | None, reply: Reply, began: float
     ) -> None:
         self._services = services
         self._call = call
         self._model = request.model
-        self._route = route
+        self._affinity = affinity
         self._reply = reply
         self._began = began
+        self._deadline = asyncio.get_running_loop().time() + services.patience.total
         self._ticket: Ticket = services.accountant.open(request)
+        self._tried: list[str] = []
         self._observation: Observation | None = None
         self._receipt: Receipt | None = None
+        self._route: Route
 
     async def run(self, receive: Receive) -> int:
-        """Carry it out; returns the status that the metrics count (499: the client went away)."""
+        """Carry it out; returns the status that the metrics count (499: the client went away).
+
+        Raises ApiError if no backend was asked at all: then there is no receipt.
+        """
         me = asyncio.current_task()
         assert me is not None
 
@@ -143,41 +184,146 @@ class Exchange:
         watch = asyncio.ensure_future(receive())
         watch.add_done_callback(client_left)
         try:
-            await self._attempt()
+            await self._in_turn()
         except asyncio.CancelledError:
             if not watch.done():
                 raise
             me.uncancel()
         except Exception:
-            self._finish("failed", Told())
+            self._give_up("failed")
             raise
         finally:
             watch.remove_done_callback(client_left)
             watch.cancel()
             completed = self._receipt is not None
             if not completed:
-                self._finish("cancelled", Told())
+                self._give_up("cancelled")
             self._services.observer.in_flight(self._model, -1)
         return self._reply.status if completed else _CLIENT_CLOSED
 
-    async def _attempt(self) -> None:
-        headers = self._begin()
-        response_id = headers["X-Request-Id"] if self._route.takes_response_id else None
-        body = upstream_body(self._call, self._route.model, response_id)
+    def _give_up(self, outcome: Outcome) -> None:
+        if self._ticket.attempts:
+            self._finish(outcome, Told())
+
+    async def _in_turn(self) -> None:
+        gate = self._services.registry.models[self._model].gate
         try:
-            answer = await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
+            async with asyncio.timeout_at(self._deadline):
+                entered = await gate.enter()
+        except TimeoutError as error:
+            raise self._too_long() from error
+        try:
+            await self._until_answered()
+        finally:
+            gate.leave(entered)
+
+    async def _until_answered(self) -> None:
+        """Try, and try again elsewhere, as long as nothing of an answer has reached the client."""
+        began = time.monotonic()
+        lease = self._lease()
+        while (failure := await self._attempt(lease)) is not None:
+            again = await self._another(failure, time.monotonic() - began)
+            if again is None:
+                await self._fail(failure.error)
+                return
+            lease = again
+
+    def _lease(self) -> Lease:
+        return self._services.registry.lease(
+            self._model,
+            asked=self._call.head.model,
+            work=_work(self._call),
+            affinity=self._affinity,
+            avoid=self._tried,
+        )
+
+    async def _another(self, failure: Failure, elapsed: float) -> Lease | None:
+        """A replica for another attempt, after a pause; None if there is to be none."""
+        model = self._services.registry.models[self._model]
+        elsewhere = any(self._services.registry.up(id) and id not in self._tried for id in model.backends)
+        pause = _RETRIES.wait(
+            len(self._tried),
+            elapsed,
+            random.random(),  # noqa: S311 - so that not all come back at once
+            asked=0.0 if elsewhere else failure.asked,
+            lost=failure.lost,
+        )
+        if pause is None or asyncio.get_running_loop().time() + pause >= self._deadline:
+            return None
+        self._end_observation(Tokens(), None)
+        self._ticket.fail_attempt()
+        await asyncio.sleep(pause)
+        try:
+            return self._lease()
+        except Unavailable:
+            return None
+
+    async def _attempt(self, lease: Lease) -> Failure | None:
+        """Ask one replica; a Failure if it gave no answer that could be passed on, None if the client has been told."""
+        self._route = lease.route
+        self._tried.append(lease.route.backend)
+        headers = self._begin()
+        try:
+            answer = await self._ask(headers)
+            try:
+                return await self._judge(lease, answer)
+            finally:
+                answer.abort()
         except Unreachable as error:
             log.warning("backend %s does not answer: %s", self._route.backend, error)
+            lease.failed()
             self._services.suspect(self._route.backend)
-            await self._fail(Unavailable(f"The backend of model '{self._model}' is not answering."))
-            return
+            refused = Unavailable(f"The backend of model '{self._model}' is not answering.")
+            return Failure(refused, lost=error.lost)
+        except TimedOut as error:
+            log.warning("backend %s took too long: %s", self._route.backend, error)
+            lease.failed()
+            self._services.suspect(self._route.backend)
+            await self._fail(error)
+            return None
+        finally:
+            lease.release()
+
+    async def _ask(self, headers: dict[str, str]) -> Answer:
+        """Send the request and wait for the answer's head; raises Unreachable or TimedOut."""
+        response_id = headers["X-Request-Id"] if self._route.takes_response_id else None
+        body = upstream_body(self._call, self._route.model, response_id)
+        first_byte = self._services.patience.first_byte
+        at_last = min(asyncio.get_running_loop().time() + first_byte, self._deadline)
         try:
+            async with asyncio.timeout_at(at_last):
+                return await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
+        except TimeoutError as error:
+            if at_last == self._deadline:
+                raise self._too_long() from error
+            raise TimedOut(f"The backend did not begin to answer within {first_byte:g} s.") from error
+
+    def _too_long(self) -> TimedOut:
+        return TimedOut(f"The request took longer than {self._services.patience.total:g} s.")
+
+    async def _judge(self, lease: Lease, answer: Answer) -> Failure | None:
+        """Pass an answer on, or say why another attempt may do better."""
+        try:
+            if answer.status in RETRYABLE:
+                asked = answer.header("Retry-After")
+                error = refusals.translate(answer.status, await self._in_time(answer.whole()), asked)
+                lease.failed()
+                return Failure(error, asked=_seconds(asked))
+            lease.succeeded()
             await self._deliver(answer)
         except (BrokeOff, ValueError) as error:
             log.warning("backend %s broke off its answer: %s", self._route.backend, error)
+            lease.failed()
             await self._fail(UpstreamFailed("The backend broke off its answer."))
-        finally:
-            answer.abort()
+        return None
+
+    async def _in_time(self, doing: Awaitable[T]) -> T:
+        """Within the time of the whole request; raises TimedOut."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await doing
+        except TimeoutError as error:
+            raise self._too_long() from error
 
     def _begin(self) -> dict[str, str]:
         backend = self._route.backend
@@ -197,7 +343,7 @@ class Exchange:
 
     async def _deliver(self, answer: Answer) -> None:
         if answer.status >= 400:
-            error = refusals.translate(answer.status, await answer.whole(), answer.header("Retry-After"))
+            error = refusals.translate(answer.status, await self._in_time(answer.whole()), answer.header("Retry-After"))
             await self._fail(error)
         elif answer.status >= 300:
             await self._fail(UpstreamFailed(f"The backend answered with a redirect ({answer.status})."))
@@ -209,7 +355,7 @@ class Exchange:
             await self._whole(answer)
 
     async def _whole(self, answer: Answer) -> None:
-        body = await answer.whole()
+        body = await self._in_time(answer.whole())
         is_json = answer.content_type.startswith("application/json")
         receipt = self._finish("completed", read_json_answer(body) if is_json else Told())
         is_object = is_json and splice.is_object(body)
@@ -221,13 +367,15 @@ class Exchange:
     async def _stream(self, answer: Answer) -> None:
         sifter = Sifter(self._call.endpoint.dialect, self._call.client_wants_usage)
         await self._reply.head(answer.status, passed_back(answer.headers) + self._stream_head())
+        failure: ApiError | None = None
         try:
-            await self._forward(answer, sifter)
+            await self._in_time(self._forward(answer, sifter))
         except (BrokeOff, ValueError) as error:
             log.warning("backend %s broke off its stream: %s", self._route.backend, error)
-            await self._close_stream(sifter, UpstreamFailed("The backend broke off its answer."))
-            return
-        await self._close_stream(sifter, None)
+            failure = UpstreamFailed("The backend broke off its answer.")
+        except TimedOut as error:
+            failure = error
+        await self._close_stream(sifter, failure)
 
     def _stream_head(self) -> list[tuple[bytes, bytes]]:
         """What can be said before the energy is known: where its figures will come from."""
@@ -285,3 +433,16 @@ class Exchange:
         if self._observation is not None:
             self._services.observations.discard(self._observation)
             self._observation.end(now(), tokens, timings)
+            self._observation = None
+
+
+def _work(call: Call) -> float:
+    """How much a request asks of a replica beside others: one, and more for a long body."""
+    return 1.0 + min(len(call.body) / _LONG_BODY, 4.0)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A Retry-After in seconds; a date is as good as never, for a proxy that retries within seconds."""
+    if retry_after is None:
+        return 0.0
+    return float(retry_after) if retry_after.isdecimal() and len(retry_after) < 10 else math.inf

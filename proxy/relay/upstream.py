@@ -13,7 +13,11 @@ _MAX_ANSWER_BYTES: Final = 512 * 1024 * 1024
 
 
 class Unreachable(JoulegateError):
-    """No answer began: the backend refused the connection or closed it before a status line."""
+    """No answer began: the backend refused the connection, or (`lost`) closed it before a status line."""
+
+    def __init__(self, reason: str, *, lost: bool) -> None:
+        super().__init__(reason)
+        self.lost = lost
 
 
 class BrokeOff(JoulegateError):
@@ -82,7 +86,8 @@ class Upstream:
         try:
             return Answer(await self._session.post(url, data=body, headers=headers, allow_redirects=False))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unreachable(str(error) or type(error).__name__) from error
+            lost = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+            raise Unreachable(str(error) or type(error).__name__, lost=lost) from error
 
     async def close(self) -> None:
         await self._session.close()

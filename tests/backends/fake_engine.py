@@ -28,6 +28,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `cut_after=N` | the connection is closed after N tokens, without an end |
 | `hang_after=N` | nothing more comes after N tokens, the connection stays open |
 | `error_after=N` | an error event and `[DONE]` after N tokens (streams) |
+| `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
@@ -263,6 +264,8 @@ class Server:
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         text = request.body.decode(errors="replace")
         commands = commands_in(text)
+        if "once" in commands and "." in request.headers.get("x-request-id", ""):
+            commands = {name: value for name, value in commands.items() if name in {"tokens", "token_ms"}}
         answer = Answer(writer, commands)
         if not request.path.startswith(("/fake", "/health")):
             self._seen.append({**vars(request), "body": text})

@@ -48,7 +48,8 @@ def snapshot(*devices: DeviceBalance, lost: int = 0, up: bool = True) -> Operati
     return OperationsSnapshot(
         devices=devices or (balance(), balance("host")),
         meters=[Meter("gpu:0", "nvml-counter", disagreement=0.01), Meter("host", "rapl")],
-        backends={"chat": up, "painter": True},
+        backends={("chat", "chat"): up, ("painter", "painter"): True},
+        queues={"chat": 3, "painter": 0},
         intensity=Intensity(GramsPerKilowattHour(56.0), zone="FRA", source="codecarbon", as_of="2023"),
         step_reports={"chat": 120, "painter": 7},
         step_reports_lost={"chat": lost} if lost else {},
