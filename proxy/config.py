@@ -127,9 +127,19 @@ def _has_host(url: str) -> bool:
         return False
 
 
+class Moderation(_Section):
+    """How a classifier moderates: `benign` are its labels for what is harmless, `threshold` the score that flags."""
+
+    benign: Annotated[list[str], Field(min_length=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
 class Model(_Section):
+    """`moderation`: this classifier answers `/v1/moderations`; the only classifier does so unasked."""
+
     name: str
     backend: Backend
+    moderation: bool | Moderation = False
 
     @model_validator(mode="after")
     def _plain_name(self) -> "Model":
@@ -167,6 +177,18 @@ class Config(_Section):
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} stands twice")
         return self
+
+    @model_validator(mode="after")
+    def _one_moderator(self) -> "Config":
+        moderators = [model.name for model in self.models if model.moderation]
+        if len(moderators) > 1:
+            raise ValueError(f"models: only one can say moderation, not {', '.join(moderators)}")
+        return self
+
+    @property
+    def moderator(self) -> str | None:
+        """The model that answers `/v1/moderations` where a request names none."""
+        return next((model.name for model in self.models if model.moderation), None)
 
 
 class _Loader(yaml.SafeLoader):
