@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from proxy.relay.dialects import ANTHROPIC
 from proxy.relay.endpoints import ENDPOINTS, PIPELINES, Endpoint
 
 _MESSAGES = {"messages": {"type": "array", "items": {"type": "object"}}}
@@ -56,6 +57,19 @@ _ERROR_SCHEMA = {
         }
     },
 }
+#: Anthropic's, on its own paths.
+_ANTHROPIC_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 _HEADERS = {
     "X-Request-Id": "our id: the receipt's",
     "X-Energy-Joules": "joules of the receipt",
@@ -89,6 +103,7 @@ def model_paths() -> dict[str, Any]:
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
     headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
     answer = {"description": "The backend's answer", "headers": headers, "content": _ANY}
+    schema = _ANTHROPIC_SCHEMA if endpoint.dialect is ANTHROPIC else _ERROR_SCHEMA
     names = re.findall(r"{(\w+)}", endpoint.path)
     return {
         "tags": ["models' answers"],
@@ -96,7 +111,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         "operationId": re.sub(r"[^a-z0-9]+", "_", endpoint.path).strip("_"),
         "parameters": [{"name": name, "in": "path", "required": True, "schema": _NAME} for name in names],
         "requestBody": {"required": True, "content": _request(endpoint)},
-        "responses": {"200": answer} | {code: error_response(text) for code, text in _ERRORS.items()},
+        "responses": {"200": answer} | {code: error_response(text, schema) for code, text in _ERRORS.items()},
     }
 
 
@@ -115,8 +130,8 @@ def _request(endpoint: Endpoint) -> dict[str, Any]:
     return content
 
 
-def error_response(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
+def error_response(description: str, schema: dict[str, Any] = _ERROR_SCHEMA) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
 #: For pages of FastAPI's: what they may refuse, and what only a forwarding one may.

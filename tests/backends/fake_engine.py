@@ -378,15 +378,21 @@ class Server:
         await answer.end()
 
     async def _edits(self, request: Request, answer: Answer, commands: Commands) -> None:
-        form = request.form
+        form = request.form if "boundary" in request.headers["content-type"] else {}
+        if "image" not in form:
+            await answer.whole(400, error(400, "image: a file is required"))
+            return
         await drained(self._engine.generate(Sequence(our_id(request, "img"), 64, 4, commands, work=64)))
         picture = base64.b64encode(form["image"]).decode()
         await answer.whole(200, {"created": 0, "data": [{"b64_json": picture}]})
 
     async def _transcription(self, request: Request, answer: Answer, commands: Commands) -> None:
         form = request.form
+        if "file" not in form:
+            await answer.whole(400, error(400, "file: a file is required"))
+            return
         await drained(self._engine.generate(Sequence(our_id(request, "transcribe"), 1, 4, commands)))
-        text = f"{len(form['file'])} bytes heard by {form['model'].decode()}"
+        text = f"{len(form['file'])} bytes heard by {form.get('model', b'?').decode()}"
         await answer.whole(200, {"text": text, "usage": {"type": "duration", "seconds": 1}})
 
     async def _speech(self, request: Request, answer: Answer, commands: Commands) -> None:
