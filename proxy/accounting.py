@@ -25,6 +25,8 @@ log = logging.getLogger("joulegate.accounting")
 #: The name under which the proxy's own CPU time is divided among the requests in flight.
 PROXY = "proxy"
 _RECENT_RECEIPTS = 1_000
+#: No meter has told anything for so long.
+_SILENT = Nanoseconds(5_000_000_000)
 #: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
 _STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
 
@@ -205,7 +207,7 @@ class Accountant:
             elif isinstance(event, Sample):
                 self._sampled[event.device] = event.at
             self.apply(event)
-        self._ledger.advance(now())
+        self._advance()
         self._settle()
 
     def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
@@ -288,6 +290,12 @@ class Accountant:
         if HOST not in devices and HOST in self._places.get(backend, ()):
             devices = (*devices, HOST)
         return tuple(device for device in devices if device in self._devices)
+
+    def _advance(self) -> None:
+        """Where no sample tells the ledger the time, the clock does; else it acts on events alone, as a replay does."""
+        at = now()
+        if at - max(self._sampled.values(), default=Nanoseconds(0)) > _SILENT:
+            self._ledger.advance(at)
 
     def _charge_proxy(self) -> None:
         """The proxy's own work on the host since the last time, shared equally by the requests in flight."""

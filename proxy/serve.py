@@ -12,6 +12,7 @@ import uvloop
 from rich.console import Console
 from rich.markup import escape
 
+from proxy.api.protocol import Protocol
 from proxy.app import Node
 from proxy.config import Config
 from proxy.errors import JoulegateError
@@ -65,20 +66,25 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
-    node = Node(config, recorder=Recorder(record) if record else None)
-    server = uvicorn.Server(
+def http_server(node: Node) -> uvicorn.Server:
+    """The server of a node, as yet without a socket."""
+    return uvicorn.Server(
         uvicorn.Config(
             node.asgi,
-            http="httptools",
+            http=Protocol,
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_GRACE_SECONDS,
-            h11_max_incomplete_event_size=64 * 1024,
         )
     )
+
+
+async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
+    node = Node(config, recorder=Recorder(record) if record else None)
+    server = http_server(node)
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     greeting = asyncio.create_task(_greet(node, address))

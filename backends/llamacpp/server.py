@@ -24,6 +24,7 @@ def parameters(options: argparse.Namespace) -> Any:
     params.cors_origins = ""
     params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
     params.use_jinja = True
+    params.verbosity = 2  # warnings and errors; every request would be several lines otherwise
     params.cache_ram_mib = 0  # prompts are not kept beyond the slots; unbounded, they took gigabytes
     _compute(params, options)
     return params

@@ -130,17 +130,41 @@ class Captions:
         return [self._random.choice(telling)] if telling and self._random.random() < 0.3 else words(name)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with a learning rate, and a taste in noise, of its own."""
+
+    steps: int
+    peak: float  # learning rate
+    horizon: int  # steps of the half cosine that the learning rate goes along
+    decay: int  # steps at the end over which it goes to 0 besides
+    bias: float  # timesteps are drawn as u ** bias: below 1 there is more of high noise
+    ceiling: float  # loss weight min(SNR + 1, ceiling) on x0: how much details count against what the text tells
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the peak at `step`, counted from 0."""
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / self.horizon, 1)))
+        return min(1.0, (step + 1) / 100) * cosine * min(1.0, max(0, self.steps - step) / self.decay)
+
+
+# First what a text looks like, which shows at high noise; then how to draw it without grain, which shows at low noise.
+PHASES = (
+    Phase(steps=4_800, peak=1e-3, horizon=8_000, decay=1_500, bias=0.5, ceiling=5),
+    Phase(steps=1_600, peak=5e-4, horizon=1_600, decay=1_600, bias=1.0, ceiling=50),
+)
+
+
 def training_loss(
-    pipeline: PainterPipeline, captions: list[str], pictures: torch.Tensor, generator: torch.Generator
+    pipeline: PainterPipeline, captions: list[str], pictures: torch.Tensor, generator: torch.Generator, phase: Phase
 ) -> torch.Tensor:
-    """v-prediction, weighted as min(SNR + 1, 5) on x0: details shall not outweigh what the text tells at full noise."""
+    """Weighted error of the v-prediction, mean over a batch of pictures (batch, 3, size, size)."""
     clean = pixel_unshuffle(pictures, UNSHUFFLE)
     noise = torch.randn(clean.shape, generator=generator)
-    # More often at high noise than at low: it is there that the text must learn to tell the picture.
-    steps = (pipeline.scheduler.config.num_train_timesteps * torch.rand(len(clean), generator=generator).sqrt()).long()
+    share = torch.rand(len(clean), generator=generator) ** phase.bias
+    steps = (pipeline.scheduler.config.num_train_timesteps * share).long()
     signal = pipeline.scheduler.alphas_cumprod[steps]
     snr = signal / (1 - signal)
-    weight = (5 / (snr + 1)).clamp(max=1)
+    weight = (phase.ceiling / (snr + 1)).clamp(max=1)
     target = pipeline.scheduler.get_velocity(clean, noise, steps)
     noisy = pipeline.scheduler.add_noise(clean, noise, steps)
     with torch.autocast("cpu", torch.bfloat16):  # a quarter faster than float32 on a core with AVX512-BF16
@@ -150,26 +174,30 @@ def training_loss(
     return torch.mean(loss)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Share of the peak: up in 100 steps, then along a half cosine of 8,000 steps, and to 0 over the last 1,500."""
-    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / 8_000, 1)))
-    return min(1.0, (step + 1) / 100) * cosine * min(1.0, max(0, steps - step) / 1_500)
-
-
-def train(folder: Path, steps: int, batch: int, seed: int, save_every: int) -> None:
-    """Train from scratch and write the pipeline to `folder`, now and then and at the end."""
+def train(folder: Path, batch: int, seed: int, save_every: int, first: int = 1) -> None:
+    """Train from scratch, or from `folder` and phase `first` on; write `folder` now and then and after each phase."""
     torch.set_num_threads(1)
-    pipeline, gallery = build_pipeline(seed), Gallery.rendered(SIZE)
-    parts = torch.nn.ModuleList([pipeline.unet, pipeline.text_encoder])
+    gallery = Gallery.rendered(SIZE)
+    for number, phase in enumerate(PHASES[first - 1 :], start=first):
+        pipeline = build_pipeline(seed) if number == 1 else PainterPipeline.from_pretrained(folder, dtype=torch.float32)
+        print(f"phase {number} of {len(PHASES)}: {phase}")
+        train_phase(phase, pipeline.to(torch.float32), gallery, folder, batch, seed + number - 1, save_every)
+
+
+def train_phase(
+    phase: Phase, pipeline: PainterPipeline, gallery: Gallery, folder: Path, batch: int, seed: int, save_every: int
+) -> None:
+    """Train the pipeline's weights in place, and write the averaged ones to `folder`."""
+    parts = torch.nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.995))  # type: ignore[no-untyped-call]  # torch's gap
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=phase.peak, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.learning_rate)
     generator, samples = torch.Generator().manual_seed(seed), iter(Captions(gallery, seed))
-    print(f"{sum(p.numel() for p in parts.parameters()):,} parameters, {len(gallery.things)} things")
     began, running = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, phase.steps + 1):
         captions, things, colours = zip(*(next(samples) for _ in range(batch)), strict=True)
-        loss = training_loss(pipeline, list(captions), gallery.pictures[list(things), list(colours)], generator)
+        pictures = gallery.pictures[list(things), list(colours)]
+        loss = training_loss(pipeline, list(captions), pictures, generator, phase)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's gap
         torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -178,8 +206,8 @@ def train(folder: Path, steps: int, batch: int, seed: int, save_every: int) -> N
         average.update_parameters(parts)
         running += (loss.item() - running) * max(0.01, 1 / step)
         if step % 100 == 0:
-            print(f"step {step}/{steps} loss {running:.4f} {time.monotonic() - began:.0f} s", flush=True)
-        if step % save_every == 0 or step == steps:
+            print(f"step {step}/{phase.steps} loss {running:.4f} {time.monotonic() - began:.0f} s", flush=True)
+        if step % save_every == 0 or step == phase.steps:
             save(pipeline, average.module, folder)
 
 
@@ -254,7 +282,7 @@ def main() -> None:
     parser.add_argument("--evaluation-seeds", type=int, nargs="+", default=[100_000, 200_000, 300_000])
     parser.add_argument("--sheet", type=Path, help="with --evaluate: write the drawings of the vocabulary to this PNG")
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=4_800)
+    parser.add_argument("--first-phase", type=int, default=1, help="2 takes up where phase 1 has left --folder")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=400)
@@ -262,7 +290,7 @@ def main() -> None:
     if arguments.evaluate:
         evaluate(arguments.folder, arguments.evaluation_seeds, arguments.sheet)
         return
-    train(arguments.folder, arguments.steps, arguments.batch, arguments.seed, arguments.save_every)
+    train(arguments.folder, arguments.batch, arguments.seed, arguments.save_every, arguments.first_phase)
 
 
 if __name__ == "__main__":

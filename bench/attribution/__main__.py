@@ -13,11 +13,11 @@ from time import perf_counter
 import numpy as np
 
 from bench.attribution.evaluate import Result, evaluate
-from bench.attribution.report import main_tables, stress_table
+from bench.attribution.report import main_tables, seeds_table, stress_table
 from bench.attribution.scenarios import Scenario, main_loads, stresses
 
-QUICK_SCALE = 0.12
-QUICK_STRESS_SECONDS = 6.0
+QUICK_SCALE = 0.1
+QUICK_STRESS_SECONDS = 3.0
 NOTE = "Simulated: no hardware was measured. Truth: the exact Shapley value of the simulator's own step energy."
 
 
@@ -31,16 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = perf_counter()
     failed: dict[str, str] = {}
     load_results, hard_results = _run(loads, failed), _run(hard, failed)
+    others = _run([replace(s, seed=s.seed + more) for more in range(1, options.seeds) for s in loads], failed)
     print(NOTE, end="\n\n")
     if load_results:
         print(main_tables(load_results))
     if hard_results:
         print(stress_table(hard_results))
+    if others:
+        print(seeds_table([*load_results, *others]))
     for name, reason in failed.items():
         print(f"FAILED: {name}: {reason}")
     print(f"{perf_counter() - begun:.0f} s")
     if options.json is not None:
-        document = _document(options, load_results, hard_results) | {"failed": failed}
+        document = _document(options, load_results, hard_results, others) | {"failed": failed}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -50,6 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short runs: tells whether it works, not how well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat the loads with N seeds in a row")
     parser.add_argument("--only", metavar="NAME", action="append", help="just this scenario (may be given again)")
     return parser.parse_args(arguments)
 
@@ -63,24 +67,28 @@ def _run(scenarios: list[Scenario], failed: dict[str, str]) -> list[Result]:
     """A scenario that fails is named in `failed`: it must not take the others' figures with it."""
     results = []
     for scenario in scenarios:
-        print(f"{scenario.name} ...", file=sys.stderr, flush=True)
+        print(f"{scenario.name}, seed {scenario.seed} ...", file=sys.stderr, flush=True)
         try:
             results.append(evaluate(scenario))
         except Exception as error:
-            failed[scenario.name] = f"{type(error).__name__}: {error}"
+            failed[f"{scenario.name}, seed {scenario.seed}"] = f"{type(error).__name__}: {error}"
     return results
 
 
-def _document(options: argparse.Namespace, loads: list[Result], hard: list[Result]) -> dict[str, object]:
+def _document(
+    options: argparse.Namespace, loads: list[Result], hard: list[Result], others: list[Result]
+) -> dict[str, object]:
     return {
         "simulated": True,
         "note": NOTE,
         "quick": options.quick,
         "seed": options.seed,
+        "seeds": list(range(options.seed, options.seed + options.seeds)),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "joulegate": _own_version()},
         "machine": platform.machine(),
         "loads": [result.as_json() for result in loads],
         "stresses": [result.as_json() for result in hard],
+        "other_seeds": [result.as_json() for result in others],
     }
 
 

@@ -29,6 +29,20 @@ def stress_table(results: Sequence[Result]) -> str:
     return _section(title, [head, *rows]) + _section("What Joulegate promises beside", _ledger_rows(results))
 
 
+def seeds_table(results: Sequence[Result]) -> str:
+    """Luck: the same loads with other arrivals and another phase of the meter."""
+    names = list(dict.fromkeys(r.scenario for r in results))
+    seeds = list(dict.fromkeys(r.seed for r in results))
+    mapes = {(r.scenario, r.seed): r.errors[SETTLED].mape for r in results}
+    head = ["load", *(f"seed {seed}" for seed in seeds), "mean"]
+    rows = []
+    for name in names:
+        found = [mapes[name, seed] for seed in seeds if (name, seed) in mapes]
+        cells = [f"{mapes[name, seed]:.1f}" if (name, seed) in mapes else "failed" for seed in seeds]
+        rows.append([name, *cells, f"{sum(found) / len(found):.1f}"])
+    return _section("Settled, mean error by seed, %", [head, *rows])
+
+
 def _stress_row(result: Result) -> list[str]:
     peer, mape = result.best_peer()
     settled, reference, zeus = (result.errors[label] for label in (SETTLED, REFERENCE, next(iter(PEERS))))

@@ -87,7 +87,7 @@ def main_loads(scale: float = 1.0) -> list[Scenario]:
     return [load(rate, seconds * scale) for rate, seconds in LOADS.items()]
 
 
-def stresses(seconds: float = 60.0, requests_per_second: float = 8.0) -> list[Scenario]:
+def stresses(seconds: float = 45.0, requests_per_second: float = 8.0) -> list[Scenario]:
     """Each differs from `plain` in one thing."""
     plain = replace(load(requests_per_second, seconds), name="plain")
     small = Backend("small", QWEN_1B5, Traffic(requests_per_second, output_median=100))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from proxy.energy.fit import OnlineFit
+from proxy.energy.fit import OnlineFit, Structure
 from proxy.energy.intervals import split_error
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
@@ -40,7 +40,6 @@ class _Span:
 _EAGER_WINDOWS = 100
 _EVIDENCE = 20
 _SELDOM = 4
-_LITTLE = 0.01
 _NOTICEABLE = 0.05
 
 
@@ -108,7 +107,7 @@ class CostModels:
         model = self._models.get(step.backend)
         if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
             return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
-        return model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+        return step.repeat * model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None
@@ -122,19 +121,21 @@ class CostModels:
         """A backend's energy coefficients: fitted, else its prior, else a guess."""
         if self._fit is not None and backend in self._order:
             return self._fitted(backend)
-        if model.energy_prior is None:
-            return model.guess_energy(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
-        return model.energy_prior
+        if model.energy is None:
+            guess: Floats = model.basis() @ model.guess_powers(self.busy_watts(idle_watts), steps.sums.mean(axis=0))
+            return guess
+        return model.energy
 
     # --- learning ---
 
-    def learn_durations(self, steps: Steps) -> None:
-        """From these steps' timestamps; once there were many, from one batch of steps in four."""
+    def learn_durations(self, steps: Steps, lengths: Floats) -> None:
+        """From these steps and how many nanoseconds each took; once there were many, from one such batch in four."""
         self._batches += 1
         if self._windows > _EAGER_WINDOWS and self._batches % _SELDOM:
             return
         for backend, some in _by_backend(steps):
-            if self._model(backend).learn_durations(some):
+            chosen = slice(None) if some is steps else _chosen(steps, backend)
+            if self._model(backend).learn_durations(some, lengths[chosen] / 1e9):
                 self.version += 1
 
     def learn_energy(self, steps: Steps, fraction: Floats, energy: float, busy: int, length: int) -> None:
@@ -165,6 +166,7 @@ class CostModels:
                 model.seconds.solve()
         self._add_rows()
         assert self._fit is not None
+        self._fit.lean_on(self._structure())
         self._fit.solve()
         self.version += 1
 
@@ -184,20 +186,28 @@ class CostModels:
             self.version += 1
 
     def _join(self, backend: int, steps: Steps) -> None:
-        """A backend's first window on this device: its prior joins the fit, which begins anew from what it knows."""
+        """A backend's first window on this device: its energies join the fit."""
         model = self._models[backend]
-        guess = model.guess_energy(self.busy_watts(None), steps.sums.mean(axis=0))
-        if model.energy_prior is None:
-            model.energy_prior = guess
-        # A coefficient of exactly 0 could never rise: begin with little, and doubt it much.
-        prior = np.where(model.energy_prior > 0, model.energy_prior, _LITTLE * guess)
-        doubt = np.where(model.energy_prior > 0, model.energy_doubt, 1 / _LITTLE)
+        model.begin_energy(self.busy_watts(None), steps.sums.mean(axis=0))
+        assert model.energy is not None
         self._add_rows()
         self._order.append(backend)
         if self._fit is None:
-            self._fit = OnlineFit(prior, doubt, _HORIZON)
+            self._fit = OnlineFit(model.energy, np.ones(_SIZE), _HORIZON)
         else:
-            self._fit.widen(prior, doubt)
+            self._fit.widen(model.energy, np.ones(_SIZE))
+
+    def _structure(self) -> Structure:
+        """All backends' structures beside each other."""
+        parts = [self._models[backend].structure() for backend in self._order]
+        basis = np.zeros((_SIZE * len(parts), sum(len(part.start) for part in parts)))
+        column = 0
+        for row, part in enumerate(parts):
+            width = len(part.start)
+            basis[row * _SIZE : (row + 1) * _SIZE, column : column + width] = part.basis
+            column += width
+        starts, doubts, looses = zip(*((part.start, part.doubt, part.loose) for part in parts), strict=True)
+        return Structure(basis, np.concatenate(starts), np.concatenate(doubts), np.concatenate(looses))
 
     def _note_errors(self, off: float, joules: float, busy: int, backends: Iterable[int]) -> None:
         error = min(abs(off) / joules, 1.0)

@@ -7,7 +7,7 @@ import numpy as np
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.cost_model import CostModels
-from proxy.energy.division import Division, Scene, divide, priced_by_processes, scene_of
+from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
 from proxy.energy.intervals import Doubts, interval
@@ -24,6 +24,8 @@ _NO_FOREIGN = 0.01
 #: The proxy's own part of a busy device's power, where CPU time does not tell.
 _PROXY_PART = 0.05
 _LARGE_BATCH = 64
+#: Where backends run side by side on cores of their own; on an accelerator they take turns.
+HOST = "host"
 
 
 class DeviceBook:
@@ -82,7 +84,7 @@ class DeviceBook:
     def _settled_part(self, steps: Steps) -> Floats:
         if self.settled_until is None:
             return np.zeros(len(steps))
-        part: Floats = np.clip((self.settled_until - steps.started) / (steps.ended - steps.started), 0.0, 1.0)
+        part: Floats = np.clip((self.settled_until - steps.started) / (steps.lengths), 0.0, 1.0)
         return part
 
     def _price(self, steps: Steps) -> Floats:
@@ -138,7 +140,7 @@ class DeviceBook:
         tallies.split[:used] += split * division.slots * others
         tallies.noise[:used] += (self._models.window_error * division.slots) ** 2 * others
         if self._idle.watts:
-            lengths = scene.part * (steps.ended - steps.started)
+            lengths = scene.part * (steps.lengths)
             each = self._idle.watts / 1e3 * scene.busy * (lengths / lengths.sum()) / steps.count
             np.add.at(tallies.idle_part, steps.slot, each[steps.owner])
 
@@ -174,9 +176,10 @@ class DeviceBook:
     def _learn(self, scene: Scene) -> None:
         """Learning happens here only, window by window: what is asked meanwhile must not change what is learnt."""
         window = scene.window
-        begun = scene.steps.where(scene.steps.started >= window.start)
-        self._models.learn_durations(begun.where(~_is_timed(begun)))
-        self._lag.ran(begun)
+        begun = scene.steps.started >= window.start
+        worked = begun & ~_is_timed(scene.steps)
+        self._models.learn_durations(scene.steps.where(worked), self._lengths(scene.steps)[worked])
+        self._lag.ran(scene.steps.where(begun))
         if window.hole or scene.loading or scene.use.foreign > _NO_FOREIGN:
             return
         if self._models.knows_costs:
@@ -186,6 +189,10 @@ class DeviceBook:
             self._learn_costs(scene)
         elif self._is_idle(window):
             self._idle.learn(window.energy, window.length)
+
+    def _lengths(self, steps: Steps) -> Floats:
+        """Nanoseconds of each step, without what other backends took of them where backends take turns."""
+        return steps.lengths if self.device.device == HOST else lengths_alone(steps)
 
     def _is_idle(self, window: Window) -> bool:
         """Nothing ran, nor shortly before (the tick's instant is uncertain), and no request was open."""
@@ -221,7 +228,7 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        tally, unseen = self._glance(slot)
+        tally, unseen = (self.tallies.of(slot), 0.0) if settled else self._glance(slot)
         tail = 0.0 if settled else max(tally.awaited, 0.0) + unseen
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))

@@ -58,6 +58,19 @@ def _loading_beside(steps: Steps, busy: int, loading: LoadingSpans, window: Wind
     return covered(*both, window.start, window.end) - busy
 
 
+def lengths_alone(steps: Steps) -> Floats:
+    """Nanoseconds that each step would have taken had it not shared the device's time with other backends' steps."""
+    lengths = steps.lengths
+    if not len(steps) or (steps.backend == steps.backend[0]).all():
+        return lengths
+    begin = np.maximum(steps.started[:, None], steps.started)
+    end = np.minimum(steps.ended[:, None], steps.ended)
+    others = steps.backend[:, None] != steps.backend
+    shared = (np.maximum(end - begin, 0) * others).sum(axis=1)
+    alone: Floats = lengths / (1 + shared / lengths)
+    return alone
+
+
 def divide(scene: Scene, prices: Floats, idle_watts: float | None, guessed_watts: float, slots: int) -> Division:
     """Divide the window, given microjoules for the steps' parts in it, by entry; `slots` is how many there are.
 

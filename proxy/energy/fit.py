@@ -1,5 +1,7 @@
 """Online non-negative least squares with forgetting and a prior, robust against what does not fit."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from proxy.energy.pending import Floats
@@ -11,6 +13,19 @@ _LEAST_SPREAD, _SPREAD_SPEED = 0.1, 0.02
 _LEAST_PRIOR = 1e-60
 #: The first rows are all believed: the prior may be what is wrong.
 _TRUSTING_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Says that the coefficients are about `basis` (size, fewer) times a few positive ones.
+
+    Those begin at `start`, doubted by `doubt` relative to it; the coefficients may stray by `loose`, relative to them.
+    """
+
+    basis: Floats
+    start: Floats
+    doubt: Floats
+    loose: Floats
 
 
 class OnlineFit:
@@ -38,6 +53,15 @@ class OnlineFit:
         self._prior = np.append(self._prior, prior)
         self._precision = np.append(self._precision, 1.0 / (doubt * prior) ** 2)
         self.solve()
+
+    def lean_on(self, structure: Structure) -> None:
+        """Make the prior what a simpler model, with fewer coefficients, would make of the same rows."""
+        basis, start = structure.basis, structure.start
+        normal = basis.T @ self._normal @ basis * np.outer(start, start) + np.diag(structure.doubt**-2.0)
+        moment = (basis.T @ self._moment) * start + structure.doubt**-2.0
+        self._prior = np.maximum(basis @ (non_negative(normal, moment) * start), _LEAST_PRIOR)
+        # What the simpler model takes for nothing may still be something.
+        self._precision = 1.0 / (structure.loose * np.maximum(self._prior, 0.1 * (basis @ start))) ** 2
 
     def add(self, features: Floats, observed: Floats, sigma: Floats) -> None:
         """Rows of features (rows, size), what was observed, and each row's standard deviation."""

@@ -1,5 +1,6 @@
 """The steps on one device that no settled window has consumed yet, column-wise: a window costs no Python loop."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ class Alone(NamedTuple):
     backend: int
     started: int
     ended: int
+    repeat: float
     tokens: float
     context: float
 
@@ -43,13 +45,16 @@ class New(NamedTuple):
 class Steps:
     """Some steps and their participants ("entries"). Entry `e` belongs to step `owner[e]`; times are nanoseconds.
 
-    An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see less context
-    than the last one. `sums` has, by step, the participants and the sums of their tokens, attention and context.
+    `repeat` is 1, but for groups of tokens that the relay saw go by one after the other: those stand for as many steps
+    of one token. An entry's `attention` is what its tokens attend to in all: of a causal chunk, the early tokens see
+    less context than the last one. `sums` has, by step, the number
+    of participants and the sums of their tokens, attention and context.
     """
 
     backend: Ints
     started: Ints
     ended: Ints
+    repeat: Floats
     sums: Floats
     owner: Ints
     slot: Ints
@@ -65,6 +70,11 @@ class Steps:
     def count(self) -> Floats:
         """Participants of each step."""
         return self.sums[:, PARTICIPANTS]
+
+    @property
+    def lengths(self) -> Floats:
+        """Nanoseconds of each step."""
+        return (self.ended - self.started).astype(np.float64)
 
     def overlap(self, start: int, end: int) -> Ints:
         """Nanoseconds that each step spent between `start` and `end`."""
@@ -85,7 +95,7 @@ class Steps:
         begin, finish = self.owner.searchsorted((first, end)).tolist()
         steps, entries = slice(first, end), slice(begin, finish)
         return Steps(
-            self.backend[steps], self.started[steps], self.ended[steps], self.sums[steps],
+            self.backend[steps], self.started[steps], self.ended[steps], self.repeat[steps], self.sums[steps],
             self.owner[entries] - first, self.slot[entries], self.tokens[entries], self.contexts[entries],
             self.attention[entries], self.predicted[entries],
         )  # fmt: skip
@@ -94,7 +104,7 @@ class Steps:
         entries = steps[self.owner]
         renumbered = np.cumsum(steps) - 1
         return Steps(
-            self.backend[steps], self.started[steps], self.ended[steps], self.sums[steps],
+            self.backend[steps], self.started[steps], self.ended[steps], self.repeat[steps], self.sums[steps],
             renumbered[self.owner[entries]], self.slot[entries], self.tokens[entries], self.contexts[entries],
             self.attention[entries], self.predicted[entries],
         )  # fmt: skip
@@ -110,7 +120,7 @@ def _ints(values: list[int]) -> Ints:
 
 _NONE, _NOTHING = _ints([]), np.zeros(0)
 NO_STEPS = Steps(
-    _NONE, _NONE, _NONE, np.zeros((0, 4)), _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING, _NOTHING
+    _NONE, _NONE, _NONE, _NOTHING, np.zeros((0, 4)), _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING, _NOTHING
 )  # fmt: skip
 
 
@@ -126,6 +136,7 @@ class PendingSteps:
         self._backend: list[int] = []
         self._started: list[int] = []
         self._ended: list[int] = []
+        self._repeat: list[int] = []
         self._count: list[int] = []
         self._slot: list[int] = []
         self._tokens: list[int] = []
@@ -138,8 +149,10 @@ class PendingSteps:
         self._ended.append(max(step.ended, step.started + 1))
         self._count.append(len(slots))
         self._slot.extend(slots)
-        self._tokens.extend(step.tokens or (0,))
-        self._contexts.extend(step.contexts or (0,))
+        repeat, tokens, contexts = _unrolled(step)
+        self._repeat.append(repeat)
+        self._tokens.extend(tokens)
+        self._contexts.extend(contexts)
 
     def has_new(self, slot: int) -> bool:
         """Whether a step that was not taken yet names this slot."""
@@ -159,7 +172,7 @@ class PendingSteps:
         batch = len(self._slot) / len(self._count)
         if batch > 1:
             return New(first, last, tokens, batch, None)
-        columns = self._backend, self._started, self._ended, self._tokens, self._contexts
+        columns = self._backend, self._started, self._ended, self._repeat, self._tokens, self._contexts
         return New(first, last, tokens, batch, [Alone(*(column[place] for column in columns)) for place in places])
 
     def take_new(self) -> Steps:
@@ -174,7 +187,8 @@ class PendingSteps:
         for place, column in enumerate((tokens, attention, contexts), start=1):
             sums[:, place] = np.bincount(owner, weights=column)
         new = Steps(
-            _ints(self._backend), _ints(self._started), _ints(self._ended), sums,
+            _ints(self._backend), _ints(self._started), _ints(self._ended),
+            np.array(self._repeat, dtype=np.float64), sums,
             owner, _ints(self._slot), tokens, contexts, attention, np.zeros(len(owner)),
         )  # fmt: skip
         self._clear()
@@ -194,13 +208,21 @@ class PendingSteps:
             self._slot = [heir if each == slot else each for each in self._slot]
 
 
+def _unrolled(step: Step) -> tuple[int, Sequence[int], Sequence[int]]:
+    """Repetitions, tokens and contexts. What a relay saw of a request beyond its prompt was computed token by token."""
+    if step.source == "relay" and len(step.tokens) == 1 and 1 < step.tokens[0] < step.contexts[0]:
+        tokens = step.tokens[0]
+        return tokens, (1,), (step.contexts[0] - tokens // 2,)
+    return 1, step.tokens or (0,), step.contexts or (0,)
+
+
 def _joined(first: Steps, second: Steps) -> Steps:
     if not len(first):
         return second
     join = np.concatenate
     return Steps(
         join((first.backend, second.backend)), join((first.started, second.started)),
-        join((first.ended, second.ended)), join((first.sums, second.sums)),
+        join((first.ended, second.ended)), join((first.repeat, second.repeat)), join((first.sums, second.sums)),
         join((first.owner, second.owner + len(first))), join((first.slot, second.slot)),
         join((first.tokens, second.tokens)), join((first.contexts, second.contexts)),
         join((first.attention, second.attention)), join((first.predicted, second.predicted)),

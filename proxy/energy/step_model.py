@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from proxy.energy.fit import OnlineFit
+from proxy.energy.fit import OnlineFit, Structure
 from proxy.energy.pending import Floats, Steps
 from proxy.energy.shapley import roofline_shares
 
@@ -26,6 +26,10 @@ _KNEE = 200.0
 _MEMORY_CONTEXT, _COMPUTE_CONTEXT = 1e5, 3e4
 #: How far off a coefficient may be, relative to itself: learnt before, derived from the model's config, or guessed.
 _DOUBT_LEARNT, _DOUBT_PRIOR, _DOUBT_GUESS = 0.1, 0.4, 1.0
+#: How far single energies may stray from what three powers would make of the durations.
+_LOOSE = 0.04
+#: A participant's own energy beside static power, as a part of that while its launch lasts.
+_SEQUENCE_PART = 0.1
 _DURATION_HORIZON = 20_000.0
 _DURATION_SIGMA = 0.05
 _EAGER_STEPS = 200
@@ -38,30 +42,37 @@ class StepModel:
 
     def __init__(self, coefficients: Mapping[str, float] | None = None) -> None:
         self.seconds: OnlineFit | None = None
-        self.energy_prior: Floats | None = None
-        self.energy_doubt = np.full(len(ENERGY), _DOUBT_GUESS)
+        self.energy: Floats | None = None
+        """The prior energies, until a fit has better ones."""
+        self._powers: Floats | None = None  # of arithmetic, of memory, static; None where energies were learnt before
+        self._powers_doubt, self._loose = _DOUBT_GUESS, _LOOSE
         self.windows = 0.0
         self.error, self.spans = 1.0, 0  # of the energy predicted for spans of about a second, relative to it
         if coefficients:
             self._recall(coefficients)
 
     def _recall(self, coefficients: Mapping[str, float]) -> None:
-        doubt = _DOUBT_LEARNT if coefficients.get("windows", 0.0) >= _LEARNT_WINDOWS else _DOUBT_PRIOR
-        if any(coefficients.get(name, 0.0) > 0 for name in DURATION):
-            prior = _floored(np.array([coefficients.get(name, 0.0) for name in DURATION]), _duration_guess(1.0))
-            self.seconds = OnlineFit(prior, np.full(len(DURATION), doubt), _DURATION_HORIZON)
-        if any(coefficients.get(name, 0.0) > 0 for name in ENERGY):
-            self.energy_prior = np.array([coefficients.get(name, 0.0) for name in ENERGY])
-            self.energy_doubt = np.full(len(ENERGY), doubt)
+        learnt = coefficients.get("windows", 0.0) >= _LEARNT_WINDOWS
+        doubt = _DOUBT_LEARNT if learnt else _DOUBT_PRIOR
+        durations = np.array([coefficients.get(name, 0.0) for name in DURATION])
+        energies = np.array([coefficients.get(name, 0.0) for name in ENERGY])
+        if (durations > 0).any():
+            durations = _floored(durations, _duration_guess(1.0))
+            self.seconds = OnlineFit(durations, np.full(len(DURATION), doubt), _DURATION_HORIZON)
+        if (energies > 0).any():
+            self.energy = _floored(energies, self.basis() @ np.ones(3))
+            self._powers_doubt = doubt
+            if learnt:
+                self._loose = _DOUBT_LEARNT
+            elif self.seconds is not None:
+                d = self.duration
+                self._powers = np.array([self.energy[2] / d[2], self.energy[0] / d[4], self.energy[5]])
 
     # --- durations ---
 
-    def learn_durations(self, steps: Steps) -> bool:
-        """From steps' own timestamps; whether that changed the coefficients at once.
-
-        Steps of other backends at the same time stretch them: those do not fit.
-        """
-        seconds = (steps.ended - steps.started) / 1e9
+    def learn_durations(self, steps: Steps, seconds: Floats) -> bool:
+        """From steps and how long each took; tells whether that changed the coefficients at once."""
+        seconds = seconds / steps.repeat
         if self.seconds is None:
             guess = _duration_guess(1.0)
             scale = float(np.median(seconds / self._roofline(steps.sums, guess)))
@@ -106,22 +117,47 @@ class StepModel:
         features[:, 0] = 1.0
         features[:, 1:5] = steps.sums
         features[:, 5] = self.durations(steps)
+        features *= steps.repeat[:, None]
         return features
 
-    def guess_energy(self, watts: float, typical: Floats) -> Floats:
+    def guess_powers(self, watts: float, typical: Floats) -> Floats:
         """A first guess where no prior was given: a busy device draws so many watts, in a step with these sums.
 
-        Two fifths are static, the rest goes with what bounds each side of the roofline.
+        Two fifths are static, the rest goes with the time that arithmetic and memory are busy.
         """
         _, tokens, attention, context = typical
-        d = _floored(self.duration, _duration_guess(1.0))  # what was fitted may be 0, which would stay so
-        compute = max(d[2] * tokens + d[3] * attention, 1e-12)
-        memory = max(d[4] + d[5] * context, 1e-12)
-        dynamic = 0.6 * watts
-        joules = dynamic * float(self._roofline(typical[None, :], d)[0]) / (compute + memory)
-        return np.array([
-            joules * d[4], 0.1 * watts * d[1] + 1e-9 * watts, joules * d[2], joules * d[3], joules * d[5], 0.4 * watts
-        ])  # fmt: skip
+        d = self.duration
+        busy = max(d[2] * tokens + d[3] * attention + d[4] + d[5] * context, 1e-12)
+        dynamic = 0.6 * watts * float(self._roofline(typical[None, :], d)[0]) / busy
+        return np.array([dynamic, dynamic, 0.4 * watts])
+
+    def basis(self) -> Floats:
+        """(energy coefficients, 3): the energies that follow from the durations, were there only three powers.
+
+        A watt of arithmetic, of memory traffic, and of static power, as long as each is busy.
+        """
+        d = _floored(self.duration, _duration_guess(1.0))  # what was fitted as 0 may still cost energy
+        basis = np.zeros((len(ENERGY), 3))
+        basis[2, 0], basis[3, 0] = d[2], d[3]
+        basis[0, 1], basis[4, 1] = d[4], d[5]
+        basis[1, 2], basis[5, 2] = _SEQUENCE_PART * d[1], 1.0
+        return basis
+
+    def begin_energy(self, watts: float, typical: Floats) -> None:
+        """With the first window: what the device draws gives the guess a scale."""
+        if self.energy is None:
+            self._powers, self._powers_doubt = self.guess_powers(watts, typical), _DOUBT_GUESS
+            self.energy = self.basis() @ self._powers
+
+    def structure(self) -> Structure:
+        """What is believed of the energies before any window: their structure, or all that was learnt before."""
+        assert self.energy is not None
+        if self._powers is None:
+            basis, start = self.energy[:, None], np.ones(1)
+        else:
+            basis, start = self.basis(), self._powers
+        doubt = np.full(len(start), self._powers_doubt)
+        return Structure(basis, start, doubt, np.full(len(ENERGY), self._loose))
 
     def price_alone(self, tokens: float, context: float, energy: Sequence[float]) -> float:
         """Joules of a step with one participant, without any array: its share is all of it."""
@@ -140,6 +176,7 @@ class StepModel:
         own = energy[1] + energy[5] * d[1] + energy[2] * steps.tokens
         joules: Floats = per_step[steps.owner] + own
         joules += energy[3] * steps.attention + energy[4] * steps.contexts + energy[5] * roof
+        joules *= steps.repeat[steps.owner]
         return joules
 
 

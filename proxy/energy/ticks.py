@@ -12,7 +12,7 @@ import numpy as np
 
 from proxy.energy.pending import Floats
 
-_REMEMBERED = 64
+_REMEMBERED = 96
 #: With fewer changes, or when more than such a part of them fits no steady pace, polls are all we trust.
 _FEWEST = 24
 _MOST_MISFITS = 0.15
@@ -68,13 +68,11 @@ class TickClock:
         # Counted from the middle, period and phase do not pull at each other.
         origin = seen[len(seen) // 2, 0]
         changes = _Changes(seen[:, 0] - origin, seen[:, 1] - origin)
-        if not self._steady:
-            self._period, self._phase = changes.likely_pace()
-        else:
-            self._phase -= origin
-        self._period, phase = changes.refined(self._period, self._phase)
-        misfits = np.mean(changes.outside(self._period, phase) > _JITTER * self._period)
-        self._steady, self._phase = bool(misfits < _MOST_MISFITS), phase + origin
+        period, phase = changes.refined(self._period, self._phase - origin) if self._steady else (0.0, 0.0)
+        if not self._steady or changes.misfits(period, phase) > _MOST_MISFITS:
+            period, phase = changes.refined(*changes.likely_pace())
+        self._steady = changes.misfits(period, phase) < _MOST_MISFITS
+        self._period, self._phase = period, phase + origin
 
 
 class _Changes(NamedTuple):
@@ -84,11 +82,20 @@ class _Changes(NamedTuple):
     at: Floats
 
     def outside(self, period: Floats | float, phase: Floats | float) -> Floats:
-        """How far from each span the nearest tick of this pace lies; of many paces, in further dimensions before."""
+        """How far from each span the nearest tick of this pace lies; of many paces, in further dimensions before.
+
+        Where two changes would be one tick, or a tick would be missing between them, that counts for half a period.
+        """
         period, phase = np.asarray(period)[..., None], np.asarray(phase)[..., None]
-        ticks = phase + period * np.round(((self.before + self.at) / 2 - phase) / period)
+        number = np.round(((self.before + self.at) / 2 - phase) / period)
+        ticks = phase + period * number
         distance: Floats = np.maximum(np.maximum(self.before - ticks, ticks - self.at), 0.0)
+        distance[..., 1:] += 0.5 * period * (number[..., 1:] - number[..., :-1] != 1)
         return distance
+
+    def misfits(self, period: float, phase: float) -> float:
+        """The part of the changes that this pace does not explain."""
+        return float(np.mean(self.outside(period, phase) > _JITTER * period))
 
     def likely_pace(self) -> tuple[float, float]:
         """The best of many periods about the mean gap (gaps with missed ticks left out) and of many phases."""

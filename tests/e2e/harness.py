@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import uvicorn
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
@@ -25,6 +24,7 @@ from proxy.energy.quantities import Microjoules, Watts, microjoules
 from proxy.meter.base import Meter, Reading
 from proxy.meter.discover import Discovery
 from proxy.recorder import Recorder
+from proxy.serve import http_server
 from tests.backends.fake_kind import FakeKind
 
 T = TypeVar("T")
@@ -153,8 +153,7 @@ def running(
     node = Node(parse(document, source="test"), recorder=recorder, kinds=kinds, discovery=Discovery(found, []))
     with socket.create_server(("127.0.0.1", 0)) as listening, asyncio.Runner() as runner:
         port = listening.getsockname()[1]
-        settings = uvicorn.Config(node.asgi, http="httptools", lifespan="on", log_config=None, access_log=False)
-        server = uvicorn.Server(settings)
+        server = http_server(node)
         loop = runner.get_loop()
         thread = threading.Thread(target=runner.run, args=[server.serve([listening])], daemon=True)
         thread.start()

@@ -12,4 +12,6 @@ def test_a_first_guess_of_energy_has_no_zero_where_a_duration_was_fitted_as_zero
     fitted = np.array([1e-3, 1e-9, 1e-5, 1e-9, 2e-3, 1e-9])
     model.seconds = OnlineFit(fitted, np.full(len(DURATION), 1.0), 1000.0)
     model.seconds.coefficients[:] = np.array([1e-3, 0.0, 1e-5, 0.0, 2e-3, 0.0])
-    assert (model.guess_energy(100.0, np.array([2.0, 10.0, 100.0, 50.0])) > 0).all()
+    model.begin_energy(100.0, np.array([2.0, 10.0, 100.0, 50.0]))
+    assert model.energy is not None
+    assert (model.energy > 0).all()
