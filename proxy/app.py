@@ -37,13 +37,14 @@ from proxy.export.snapshot import OperationsSnapshot
 from proxy.meter.discover import Discovery, discover
 from proxy.meter.sampler import Sampler
 from proxy.recorder import Recorder
-from proxy.relay.endpoints import ENDPOINTS
+from proxy.relay.endpoints import ENDPOINTS, PIPELINES, moderations
 from proxy.relay.observe import Observation
 from proxy.relay.relay import Patience, Relay, Services, tick
+from proxy.relay.responses import StoredResponses
 from proxy.relay.upstream import Upstream
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
-from proxy.settings import carbon_intensity, meter_settings, receipt_store
+from proxy.settings import carbon_intensity, meter_settings, moderation_terms, receipt_store
 from proxy.store.receipts import ReceiptStore
 
 log = logging.getLogger("joulegate")
@@ -55,7 +56,7 @@ _SETTLING_SECONDS = 0.5
 _EXPOSED = [
     "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
     "X-Energy-Meter", "X-Energy-Boundary", "X-Energy-Status", "X-Carbon-Grams", "X-Carbon-Intensity",
-    "Carbon-Emissions-Scope-2", "Link",
+    "Carbon-Emissions-Scope-2", "Link", "openai-processing-ms",
 ]  # fmt: skip
 
 
@@ -101,11 +102,15 @@ class Node:
     def _around(self, pages: FastAPI) -> ASGIApp:
         server, auth = self.config.server, self.config.auth
         authenticator = Authenticator(auth.keys, required=auth.required)
-        edge = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins)
+        edge = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins, self._pipeline_of)
         if not server.cors_origins:
             return edge
         return CORSMiddleware(
-            edge, server.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=_EXPOSED
+            edge,
+            server.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
         )
 
     @asynccontextmanager
@@ -129,6 +134,7 @@ class Node:
         timeouts = self.config.server.timeouts
         upstream = Upstream(connect_seconds=timeouts.connect)
         stack.push_async_callback(upstream.close)
+        responses = StoredResponses()
         services = Services(
             accountant,
             self.registry,
@@ -139,12 +145,34 @@ class Node:
             supervisor.suspect,
             self.intake,
             Patience(timeouts.first_byte, timeouts.total),
+            self.config.moderator,
+            responses,
         )
-        self._relays.update({path: Relay(endpoint, services) for path, endpoint in ENDPOINTS.items()})
+        endpoints = [*ENDPOINTS.values(), *PIPELINES.values(), moderations(moderation_terms(self.config))]
+        self._relays.update({endpoint.path: Relay(endpoint, services) for endpoint in endpoints})
         metrics.watch(partial(self._snapshot, accountant, sampler, store))
         render = metrics.render if self.config.server.metrics else None
-        started = int(time.time())
-        return Context(self.registry, accountant, store, sampler.status, render, started, self.intake)
+        return Context(
+            self.registry,
+            accountant,
+            store,
+            upstream,
+            responses,
+            sampler.status,
+            render,
+            started=int(time.time()),
+            intake=self.intake,
+        )
+
+    def _pipeline_of(self, name: str) -> Relay | None:
+        """What answers `/models/{name}`: the first pipeline its backend serves (any of them, if there is none)."""
+        model = self.registry.models.get(name)
+        paths = [
+            endpoint.path
+            for endpoint in PIPELINES.values()
+            if model is None or not endpoint.served_by.isdisjoint(model.tasks)
+        ]
+        return self._relays.get(paths[0]) if paths else None
 
     def _accountant(self, stack: AsyncExitStack, sink: "_Sink") -> Accountant:
         energy = self.config.energy

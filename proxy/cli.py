@@ -96,6 +96,20 @@ def replay(trace: Path) -> None:
     run_replay(trace, sys.stdout)
 
 
+@app.command()
+def receipts(
+    config: ConfigOption = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many, the newest first.")] = 20,
+    after: Annotated[str | None, typer.Option(help="The id of the last receipt of the page before.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, as GET /v1/energy/receipts.")] = False,
+) -> None:
+    """List the receipts in the configured store."""
+    from proxy.receipts import show  # noqa: PLC0415
+
+    show(_configuration(config), limit=limit, after=after, model=model, as_json=as_json)
+
+
 def _configuration(path: Path | None) -> "Config":
     from proxy.config import Config, load  # noqa: PLC0415
 

@@ -140,8 +140,18 @@ def _has_host(url: str) -> bool:
         return False
 
 
+class Moderation(_Section):
+    """How a classifier moderates: `benign` are its labels for what is harmless, `threshold` the score that flags."""
+
+    benign: Annotated[list[str], Field(min_length=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
 class Model(_Section):
-    """A model and what serves it: one `backend`, or `replicas` that share the work."""
+    """A model and what serves it: one `backend`, or `replicas` that share the work.
+
+    `moderation`: this classifier answers `/v1/moderations`; the only classifier does so unasked.
+    """
 
     name: str
     backend: Backend | None = None
@@ -150,6 +160,7 @@ class Model(_Section):
     affinity: Affinity = "none"
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     max_queue: Annotated[int, Field(ge=0)] | None = None
+    moderation: bool | Moderation = False
 
     @model_validator(mode="after")
     def _plain_names(self) -> "Model":
@@ -207,6 +218,18 @@ class Config(_Section):
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} stands twice")
         return self
+
+    @model_validator(mode="after")
+    def _one_moderator(self) -> "Config":
+        moderators = [model.name for model in self.models if model.moderation]
+        if len(moderators) > 1:
+            raise ValueError(f"models: only one can say moderation, not {', '.join(moderators)}")
+        return self
+
+    @property
+    def moderator(self) -> str | None:
+        """The model that answers `/v1/moderations` where a request names none."""
+        return next((model.name for model in self.models if model.moderation), None)
 
 
 class _Loader(yaml.SafeLoader):

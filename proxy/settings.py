@@ -2,10 +2,11 @@
 
 from proxy import grid
 from proxy.api.receipts import encode_receipt
-from proxy.config import Carbon, Config, Meters, Store
+from proxy.config import Carbon, Config, Meters, Moderation, Store
 from proxy.energy.carbon import Intensity
 from proxy.errors import ConfigError
 from proxy.meter.discover import MeterSettings
+from proxy.relay.translations import Moderation as ModerationTranslation
 from proxy.store.receipts import ReceiptStore
 
 
@@ -17,6 +18,13 @@ def meter_settings(meters: Meters) -> MeterSettings:
         estimate=meters.estimate,
         replay=meters.replay,
     )
+
+
+def moderation_terms(config: Config) -> ModerationTranslation:
+    """How each configured classifier moderates."""
+    configured = {model.name: model.moderation for model in config.models if isinstance(model.moderation, Moderation)}
+    benign = {name: frozenset(map(str.lower, terms.benign)) for name, terms in configured.items() if terms.benign}
+    return ModerationTranslation(benign, {name: terms.threshold for name, terms in configured.items()})
 
 
 def receipt_store(store: Store) -> ReceiptStore:

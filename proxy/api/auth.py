@@ -2,8 +2,9 @@
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from proxy.config import Key
 from proxy.errors import Forbidden
@@ -19,6 +20,11 @@ class Caller:
 
 _ANYONE = Caller(None, admin=True)
 _STRANGER = Caller(None, admin=False)
+
+
+def may_see(scope: Mapping[str, Any], owner: str | None) -> bool:
+    """Whether the caller of an admitted request may see what belongs to the key `owner`."""
+    return bool(scope.get("joulegate.admin")) or scope.get("joulegate.key") == owner
 
 
 class Authenticator:

@@ -7,6 +7,8 @@ from typing import Protocol
 from fastapi import Request
 
 from proxy.accounting import Accountant
+from proxy.relay.responses import StoredResponses
+from proxy.relay.upstream import Upstream
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 from proxy.store.receipts import ReceiptStore
@@ -30,6 +32,8 @@ class Context:
     registry: Registry
     accountant: Accountant
     store: ReceiptStore
+    upstream: Upstream
+    responses: StoredResponses
     meters: Callable[[], Sequence[MeterUp]]
     render_metrics: Callable[[], bytes] | None
     started: int

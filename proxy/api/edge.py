@@ -7,7 +7,7 @@ endpoints straight to the relay, and turns whatever goes wrong unforeseen into a
 import ipaddress
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +19,7 @@ from proxy.relay.reply import Reply
 
 log = logging.getLogger("joulegate.api")
 
+_HUB = "/models/"
 #: What a probe or a scraper may read without a key; `/metrics` has a switch of its own.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -33,19 +34,22 @@ class Edge:
         authenticator: Authenticator,
         allowed_hosts: Sequence[str],
         origins: Sequence[str],
+        pipeline_of: Callable[[str], Relay | None],
     ) -> None:
+        """`pipeline_of` is what answers `/models/{model}` for a model of this name."""
         self._pages = pages
         self._relays = relays
         self._authenticator = authenticator
         self._hosts = frozenset(name.lower() for name in ("localhost", socket.gethostname(), *allowed_hosts))
         self._origins = frozenset(origins)
+        self._pipeline_of = pipeline_of
         self._known_hosts: set[bytes] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._pages(scope, receive, send)
             return
-        relay = self._relays.get(scope["path"])
+        relay = self._relays.get(scope["path"]) or self._pipeline(scope)
         try:
             self._admit(scope)
             if relay is not None and scope["method"] != "POST":
@@ -54,6 +58,15 @@ class Edge:
             await _refuse(error, relay, send)
             return
         await self._serve(relay, scope, receive, send)
+
+    def _pipeline(self, scope: Scope) -> Relay | None:
+        """The Hub's paths, which hold the model's name: `/models/{model}` and `/models/{model}/pipeline/{task}`."""
+        path: str = scope["path"]
+        if not path.startswith(_HUB):
+            return None
+        model, named, task = path.removeprefix(_HUB).rpartition("/pipeline/")
+        scope["joulegate.model"] = model = model if named else task
+        return self._relays.get(f"{_HUB}{{model}}/pipeline/{task}") if named else self._pipeline_of(model)
 
     async def _serve(self, relay: Relay | None, scope: Scope, receive: Receive, send: Send) -> None:
         started = False

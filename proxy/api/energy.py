@@ -1,17 +1,22 @@
 """`/v1/energy`: receipts and devices."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from proxy.api.auth import may_see
 from proxy.api.context import Context, context
+from proxy.api.listing import encode_page
+from proxy.api.openapi import PAGE_ERRORS
 from proxy.api.receipts import encode_receipt
 from proxy.energy.attribution import DeviceBalance
 from proxy.energy.quantities import Microjoules, joules
-from proxy.errors import NotFound
+from proxy.errors import InvalidRequest, NotFound
+from proxy.store.receipts import MAXIMUM_PAGE, Page
 
-router = APIRouter(prefix="/v1/energy", tags=["energy"])
+router = APIRouter(prefix="/v1/energy", tags=["energy"], responses=PAGE_ERRORS)
 Here = Annotated[Context, Depends(context)]
 _WAIT_SECONDS = 2.0
 
@@ -29,6 +34,29 @@ async def retrieve_receipt(
     if stored is None:
         raise _no_receipt(id)
     return _if_theirs(request, id, stored.key, stored.document)
+
+
+@router.get("/receipts", summary="The receipts, the newest first")
+async def list_receipts(
+    request: Request,
+    here: Here,
+    limit: Annotated[int, Query(ge=1, le=MAXIMUM_PAGE)] = 20,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, Query(max_length=128)] = None,
+) -> Response:
+    """`after` is the id of the last receipt of the page before. A key sees its own, an admin (or, without keys,
+    anyone) all.
+    """
+    caller = request.scope
+    if not caller.get("joulegate.admin") and caller.get("joulegate.key") is None:
+        return Response(encode_page(Page([], has_more=False)), media_type="application/json")
+    key = None if caller.get("joulegate.admin") else caller["joulegate.key"]
+    find = partial(here.store.list, limit=limit, after=after, model=model, key=key)
+    try:
+        page = await run_in_threadpool(find)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="after", code="receipt_not_found") from error
+    return Response(encode_page(page), media_type="application/json")
 
 
 @router.get("/devices", summary="The metered devices and their books")
@@ -61,7 +89,7 @@ def _device_row(balance: DeviceBalance, state: Any) -> dict[str, Any]:
 
 def _if_theirs(request: Request, id: str, key: str | None, document: bytes) -> Response:
     """A receipt for its owner or an admin; others learn nothing, not even that it exists."""
-    if request.scope.get("joulegate.admin") or request.scope.get("joulegate.key") == key:
+    if may_see(request.scope, key):
         return Response(document, media_type="application/json")
     raise _no_receipt(id)
 

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from proxy.api.context import Context, context
+from proxy.api.openapi import PAGE_ERRORS
 from proxy.routing.registry import ServedModel, unknown_model
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=PAGE_ERRORS)
 Here = Annotated[Context, Depends(context)]
 
 

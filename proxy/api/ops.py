@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from proxy.api.context import Context, context
+from proxy.api.openapi import error_response
 from proxy.errors import NotFound
 
 router = APIRouter(tags=["operations"])
@@ -28,7 +29,9 @@ async def ready(here: Here) -> JSONResponse:
     return JSONResponse({"status": "ready", "missing": {}})
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics", summary="Prometheus metrics", responses={404: error_response("Switched off")}, response_class=Response
+)
 async def metrics(here: Here) -> Response:
     if here.render_metrics is None:
         raise NotFound("Metrics are switched off (server.metrics).")

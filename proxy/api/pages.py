@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from proxy.api import energy, models, ops
+from proxy.api import energy, models, ops, responses
 from proxy.api.openapi import model_paths
 from proxy.errors import ApiError, InvalidRequest, Unavailable
 from proxy.store.database import StoreUnavailable
@@ -27,6 +27,7 @@ _DESCRIPTION = (
 def create_pages(lifespan: Lifespan, version: str) -> FastAPI:
     app = FastAPI(title="Joulegate", version=version, description=_DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.include_router(models.router)
+    app.include_router(responses.router)
     app.include_router(energy.router)
     app.include_router(ops.router)
     app.add_exception_handler(ApiError, _told)
@@ -38,6 +39,8 @@ def create_pages(lifespan: Lifespan, version: str) -> FastAPI:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=version, description=_DESCRIPTION, routes=app.routes)
             schema["paths"] = {**model_paths(), **schema["paths"]}
+            for operation in (operation for path in schema["paths"].values() for operation in path.values()):
+                operation["responses"].pop("422", None)  # FastAPI's own; ours is a 400
             app.openapi_schema = schema
         return app.openapi_schema
 

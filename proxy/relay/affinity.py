@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from proxy.relay.call import Call
-from proxy.relay.endpoints import ChatHead
+from proxy.relay.heads import ChatHead
 from proxy.routing.registry import Affinity
 
 _SESSION_HEADER = b"x-session-id"

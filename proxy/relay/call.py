@@ -11,7 +11,9 @@ import msgspec
 from proxy.errors import BodyTooLarge, InvalidRequest
 from proxy.relay import splice
 from proxy.relay.dialects import OPENAI, RESPONSES
-from proxy.relay.endpoints import Endpoint, Head
+from proxy.relay.endpoints import Endpoint
+from proxy.relay.forms import Form, is_form, read_form, with_model
+from proxy.relay.heads import Head
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,13 +42,22 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see."""
+    """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see.
+
+    `form` is set where the body is a multipart form.
+    """
 
     endpoint: Endpoint
     body: bytes
     head: Head
     headers: Headers
     client_wants_usage: bool
+    form: Form | None = None
+
+    @property
+    def content_type(self) -> str:
+        """The body's, for the backend."""
+        return "application/json" if self.form is None else self.headers.content_type.decode("latin-1")
 
     @property
     def streamed(self) -> bool:
@@ -85,12 +96,24 @@ def _length(value: bytes) -> int:
 
 async def read_call(headers: Headers, endpoint: Endpoint, receive: Receive, limit: int) -> Call:
     """Read and check a request; raises InvalidRequest, BodyTooLarge or ClientGone."""
-    if not is_json(headers.content_type):
-        raise InvalidRequest("The Content-Type of this request must be application/json.", code="invalid_content_type")
+    as_form = endpoint.body != "json" and is_form(headers.content_type)
+    if not as_form and (endpoint.body == "form" or not is_json(headers.content_type)):
+        message = f"The Content-Type of this request must be {_CONTENT_TYPES[endpoint.body]}."
+        raise InvalidRequest(message, code="invalid_content_type")
     body = await read_body(headers, receive, limit)
+    if as_form:
+        form = read_form(headers.content_type, body)
+        return Call(endpoint, body, form.head, headers, client_wants_usage=True, form=form)
     head = decode_head(endpoint, body)
     asked = head.stream_options is not None and head.stream_options.include_usage is True
     return Call(endpoint, body, head, headers, asked or endpoint.dialect is not OPENAI)
+
+
+_CONTENT_TYPES = {
+    "json": "application/json",
+    "form": "multipart/form-data",
+    "either": "multipart/form-data or application/json",
+}
 
 
 def is_json(content_type: bytes) -> bool:
@@ -159,6 +182,10 @@ def upstream_body(call: Call, model: str | None, response_id: str | None = None)
     """The body for the backend: usage asked for on OpenAI's streams, the backend's own name of the model, and our id
     for a response where the backend would otherwise make one up that its steps are reported under.
     """
+    if call.endpoint.translation is not None:
+        return call.endpoint.translation.request(call.head, model or call.head.model or "")
+    if call.form is not None:
+        return call.body if model is None else with_model(call.form, call.body, model)
     members: dict[str, bytes] = {}
     if model is not None:
         members["model"] = msgspec.json.encode(model)

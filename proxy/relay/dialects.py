@@ -76,6 +76,7 @@ class Answer(msgspec.Struct):
     timings: Timings | None = None
     choices: list[msgspec.Raw] | None = None
     error: msgspec.Raw = _NULL  # `Raw | None` would take nothing but null
+    id: msgspec.Raw = _NULL  # what a stored response is fetched by
 
 
 _answer = msgspec.json.Decoder(Answer).decode
@@ -226,7 +227,10 @@ def _event_type(event: bytes) -> bytes:
 
 
 OPENAI: Dialect = OpenAI()
-IMAGES: Dialect = Named("images", carriers=(b"image_generation.completed",), terminals=(b"image_generation.completed",))
+#: Transcriptions and speech end as chat does, but their usage comes unasked, in the event that tells the end.
+AUDIO: Dialect = OpenAI("audio")
+_PAINTED = (b"image_generation.completed", b"image_edit.completed")
+IMAGES: Dialect = Named("images", carriers=_PAINTED, terminals=_PAINTED)
 RESPONSES: Dialect = Named(
     "responses",
     carriers=(b"response.completed", b"response.incomplete", b"response.failed"),

@@ -23,12 +23,14 @@ from proxy.errors import ApiError, TimedOut, Unavailable, UpstreamFailed
 from proxy.relay import refusals, splice, sse
 from proxy.relay.affinity import affinity_of
 from proxy.relay.call import Call, ClientGone, Receive, Scope, Send, read_call, read_headers, upstream_body
+from proxy.relay.dialects import RESPONSES, Timings, read_json_answer
 from proxy.relay.dialects import Answer as Told
-from proxy.relay.dialects import Timings, read_json_answer
-from proxy.relay.endpoints import Endpoint
+from proxy.relay.endpoints import MODERATIONS, Endpoint
 from proxy.relay.observe import Observation
-from proxy.relay.reply import Reply, passed_back
+from proxy.relay.reply import RawHeaders, Reply, passed_back
+from proxy.relay.responses import StoredResponses
 from proxy.relay.sift import Sifter
+from proxy.relay.translations import JSON
 from proxy.relay.upstream import Answer, BrokeOff, Unreachable, Upstream
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Lease, Registry, Route
@@ -40,6 +42,7 @@ _CLIENT_CLOSED = 499
 _RETRIES = RetryPolicy()
 _LONG_BODY = 32 * 1024
 T = TypeVar("T")
+_OPENAI_MODERATORS = ("omni-moderation", "text-moderation")
 _SILENT = Nanoseconds(5_000_000_000)
 
 
@@ -64,7 +67,8 @@ class Patience:
 class Services:
     """What the data path works with; put together in `proxy.app`.
 
-    `observations` are the virtual steps under way, `suspect` has a backend's health checked now.
+    `observations` are the virtual steps under way, `suspect` has a backend's health checked now, `moderator` is the
+    model that moderates where a request names none, `responses` says where stored responses are.
     """
 
     accountant: Accountant
@@ -76,6 +80,8 @@ class Services:
     suspect: Callable[[str], None]
     intake: Intake
     patience: Patience
+    moderator: str | None
+    responses: StoredResponses
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,17 @@ class Relay:
         headers = read_headers(scope)
         reply.client_request_id = headers.client_request_id
         call = await read_call(headers, self._endpoint, receive, self._services.max_body_bytes)
-        return call, self._services.registry.resolve(call.head.model, self._endpoint)
+        model = self._services.registry.resolve(self._asked_model(call, scope), self._endpoint)
+        if self._endpoint.translation is not None:
+            call.head.model = model
+        return call, model
+
+    def _asked_model(self, call: Call, scope: Scope) -> str | None:
+        """The model a request names: in its path, in its body, or (moderations) as OpenAI calls its own."""
+        named: str | None = scope.get("joulegate.model", call.head.model)
+        if self._endpoint.path == MODERATIONS and (named or "").startswith(_OPENAI_MODERATORS):
+            named = None
+        return self._services.moderator if named is None and self._endpoint.path == MODERATIONS else named
 
     def _request(self, call: Call, model: str, reply: Reply, scope: Scope) -> Request:
         return Request(
@@ -160,6 +176,7 @@ class Exchange:
         self._call = call
         self._model = request.model
         self._affinity = affinity
+        self._key = request.key
         self._reply = reply
         self._began = began
         self._deadline = asyncio.get_running_loop().time() + services.patience.total
@@ -288,11 +305,12 @@ class Exchange:
         """Send the request and wait for the answer's head; raises Unreachable or TimedOut."""
         response_id = headers["X-Request-Id"] if self._route.takes_response_id else None
         body = upstream_body(self._call, self._route.model, response_id)
+        url = self._route.url + self._call.endpoint.upstream_path
         first_byte = self._services.patience.first_byte
         at_last = min(asyncio.get_running_loop().time() + first_byte, self._deadline)
         try:
             async with asyncio.timeout_at(at_last):
-                return await self._services.upstream.post(self._route.url + self._call.endpoint.path, body, headers)
+                return await self._services.upstream.post(url, body, headers)
         except TimeoutError as error:
             if at_last == self._deadline:
                 raise self._too_long() from error
@@ -336,7 +354,7 @@ class Exchange:
 
             self._observation = Observation(emit, now(), len(self._call.body))
             self._services.observations.add(self._observation)
-        headers = {"Content-Type": "application/json", "X-Request-Id": attempt, **self._call.headers.forwarded}
+        headers = {"Content-Type": self._call.content_type, "X-Request-Id": attempt, **self._call.headers.forwarded}
         if self._route.authorization is not None:
             headers["Authorization"] = self._route.authorization
         return headers
@@ -357,16 +375,29 @@ class Exchange:
     async def _whole(self, answer: Answer) -> None:
         body = await self._in_time(answer.whole())
         is_json = answer.content_type.startswith("application/json")
-        receipt = self._finish("completed", read_json_answer(body) if is_json else Told())
-        is_object = is_json and splice.is_object(body)
-        if is_object and self._call.headers.energy_body:
+        told = read_json_answer(body) if is_json else Told()
+        headers = self._headers(answer)
+        translation = self._call.endpoint.translation
+        if translation is not None:
+            body, kind = translation.answer(self._call.head, body, self._model, self._reply.id)
+            is_json = kind == JSON
+            headers = [*(header for header in headers if header[0] != b"content-type"), (b"content-type", kind)]
+        receipt = self._finish("completed", told)
+        if is_json and splice.is_object(body) and self._call.headers.energy_body:
             body = splice.append_member(body, b"energy", encode_receipt(receipt))
-        headers = passed_back(answer.headers) + receipt_headers(receipt)
-        await self._reply.whole(answer.status, headers, body)
+        await self._reply.whole(answer.status, headers + receipt_headers(receipt), body)
+
+    def _headers(self, answer: Answer) -> RawHeaders:
+        """The backend's headers, and how long it took it to answer."""
+        return [*passed_back(answer.headers), self._processing()]
+
+    def _processing(self) -> tuple[bytes, bytes]:
+        milliseconds = (time.perf_counter() - self._began) * 1000
+        return b"openai-processing-ms", str(max(1, round(milliseconds))).encode()
 
     async def _stream(self, answer: Answer) -> None:
         sifter = Sifter(self._call.endpoint.dialect, self._call.client_wants_usage)
-        await self._reply.head(answer.status, passed_back(answer.headers) + self._stream_head())
+        await self._reply.head(answer.status, self._headers(answer) + self._stream_head())
         failure: ApiError | None = None
         try:
             await self._in_time(self._forward(answer, sifter))
@@ -417,10 +448,12 @@ class Exchange:
     async def _fail(self, error: ApiError) -> None:
         receipt = self._finish("failed", Told())
         body = self._call.endpoint.dialect.envelope(error)
-        await self._reply.error(error, receipt_headers(receipt), body)
+        await self._reply.error(error, [self._processing(), *receipt_headers(receipt)], body)
 
     def _finish(self, outcome: Outcome, told: Told) -> Receipt:
         """End the request's work in the books, with what the backend told of it."""
+        if self._call.endpoint.dialect is RESPONSES:
+            self._services.responses.remember(told.id, self._route, self._key)
         tokens = told.usage.tokens() if told.usage is not None else Tokens()
         self._end_observation(tokens, told.timings)
         self._receipt = self._ticket.finish(outcome, tokens)

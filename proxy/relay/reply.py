@@ -8,7 +8,8 @@ RawHeaders = list[tuple[bytes, bytes]]
 #: Of a backend's headers these stay behind: hop by hop, ours to set, or not its to say.
 _DROPPED = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
-    b"content-length content-encoding date server set-cookie set-cookie2 x-request-id x-client-request-id link".split()
+    b"content-length content-encoding date server set-cookie set-cookie2 x-request-id x-client-request-id link "
+    b"openai-processing-ms".split()
 )
 _DROPPED_BEGINNINGS = (b"x-energy", b"x-carbon", b"carbon-", b"access-control-")
 

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 import aiohttp
+from yarl import URL
 
 from proxy.errors import JoulegateError
 
@@ -83,8 +84,15 @@ class Upstream:
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Send a request and wait for the answer's head; raises Unreachable."""
+        return await self.request("POST", url, headers, body)
+
+    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
+        """As `post`, with any method."""
+        target = URL(url, encoded=True)
         try:
-            return Answer(await self._session.post(url, data=body, headers=headers, allow_redirects=False))
+            return Answer(
+                await self._session.request(method, target, data=body, headers=headers, allow_redirects=False)
+            )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             lost = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
             raise Unreachable(str(error) or type(error).__name__, lost=lost) from error

@@ -9,7 +9,9 @@ A word of the prompt is a token; usage is exact, and a sequence's tokens over it
 
 Served: `/health`, `/v1/models`, `/v1/chat/completions` and `/v1/completions` (streamed or not, `n`, `max_tokens`,
 `stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify` (several inputs), `/tokenize`,
-`/v1/images/generations` (`n`, `size`, `num_inference_steps`; streamed or not). And for tests to look inside:
+`/v1/images/generations` (`n`, `size`, `num_inference_steps`; streamed or not), `/v1/images/edits`, `/v1/audio/*`,
+`/v1/messages` and `count_tokens`, `/v1/responses` (kept, and fetched by id). Tools are called with `{}`.
+And for tests to look inside:
 
 - `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled"}`
 - `GET /fake/requests`: `[{"method", "path", "headers", "body"}]`, the last 100, header names in lower case
@@ -39,6 +41,8 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import email
+import email.policy
 import json
 import math
 import os
@@ -153,6 +157,14 @@ class Request:
     def json(self) -> Json:
         return json.loads(self.body)  # type: ignore[no-any-return]
 
+    @property
+    def form(self) -> dict[str, bytes]:
+        """A multipart form's parts by their names."""
+        head = f"Content-Type: {self.headers['content-type']}\r\n\r\n".encode()
+        parts = email.message_from_bytes(head + self.body, policy=email.policy.HTTP).iter_parts()
+        named = ((str(part.get_param("name", header="content-disposition")), part) for part in parts)
+        return {name: bytes(part.get_payload(decode=True) or b"") for name, part in named}
+
 
 class Answer:
     """Writes one answer: a whole body, or a stream of events."""
@@ -226,6 +238,7 @@ class Server:
         self._engine = engine
         self._model = model
         self._seen: deque[Json] = deque(maxlen=100)
+        self._stored: dict[str, Json] = {}
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
             "/v1/models": self._models,
@@ -236,6 +249,13 @@ class Server:
             "/v1/classify": self._classify,
             "/tokenize": self._tokenize,
             "/v1/images/generations": self._images,
+            "/v1/images/edits": self._edits,
+            "/v1/audio/transcriptions": self._transcription,
+            "/v1/audio/translations": self._transcription,
+            "/v1/audio/speech": self._speech,
+            "/v1/messages": self._messages,
+            "/v1/messages/count_tokens": self._count_tokens,
+            "/v1/responses": self._responses,
             "/fake/truth": self._truth,
             "/fake/requests": self._requests,
         }
@@ -269,7 +289,10 @@ class Server:
         answer = Answer(writer, commands)
         if not request.path.startswith(("/fake", "/health")):
             self._seen.append({**vars(request), "body": text})
-        handler = self._handlers.get(request.path.partition("?")[0])
+        path = request.path.partition("?")[0]
+        handler = self._handlers.get(path)
+        if handler is None and path.startswith("/v1/responses/"):
+            handler = self._stored_response
         if handler is None:
             await answer.whole(404, error(404, "Not Found"))
             return
@@ -357,6 +380,154 @@ class Server:
         await answer.event({"type": name, **common, "b64_json": picture}, name)
         await answer.end()
 
+    async def _edits(self, request: Request, answer: Answer, commands: Commands) -> None:
+        form = request.form if "boundary" in request.headers["content-type"] else {}
+        if "image" not in form:
+            await answer.whole(400, error(400, "image: a file is required"))
+            return
+        await drained(self._engine.generate(Sequence(our_id(request, "img"), 64, 4, commands, work=64)))
+        picture = base64.b64encode(form["image"]).decode()
+        await answer.whole(200, {"created": 0, "data": [{"b64_json": picture}]})
+
+    async def _transcription(self, request: Request, answer: Answer, commands: Commands) -> None:
+        form = request.form
+        if "file" not in form:
+            await answer.whole(400, error(400, "file: a file is required"))
+            return
+        await drained(self._engine.generate(Sequence(our_id(request, "transcribe"), 1, 4, commands)))
+        text = f"{len(form['file'])} bytes heard by {form.get('model', b'?').decode()}"
+        await answer.whole(200, {"text": text, "usage": {"type": "duration", "seconds": 1}})
+
+    async def _speech(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await drained(self._engine.generate(Sequence(our_id(request, "speech"), 1, 4, commands)))
+        await answer.whole(200, b"ID3" + request.json["input"].encode(), **{"Content-Type": "audio/mpeg"})
+
+    async def _count_tokens(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await answer.whole(200, {"input_tokens": words(request.json.get("messages"))})
+
+    async def _messages(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await AnthropicMessage(self._engine, request, commands).answer(answer)
+
+    async def _responses(self, request: Request, answer: Answer, commands: Commands) -> None:
+        made = OpenAIResponse(self._engine, request, commands)
+        self._stored[made.id] = made.told("in_progress")
+        await made.answer(answer)
+        self._stored[made.id] = made.told("completed")
+
+    async def _stored_response(self, request: Request, answer: Answer, commands: Commands) -> None:
+        id_, _, rest = request.path.partition("?")[0].removeprefix("/v1/responses/").partition("/")
+        found = self._stored.get(id_)
+        if found is None:
+            await answer.whole(404, error(404, f"Response with id '{id_}' not found."))
+        elif rest == "input_items":
+            await answer.whole(200, {"object": "list", "data": [], "has_more": False})
+        elif request.method == "DELETE":
+            del self._stored[id_]
+            await answer.whole(200, {"id": id_, "object": "response", "deleted": True})
+        else:
+            await answer.whole(200, found | ({"status": "cancelled"} if rest == "cancel" else {}))
+
+
+class AnthropicMessage:
+    """The answer to `/v1/messages`; a tool, if there is one, is called with an empty input."""
+
+    def __init__(self, engine: Engine, request: Request, commands: Commands) -> None:
+        body = request.json
+        self._body = body
+        self._engine = engine
+        self._commands = commands
+        length = int(commands.get("tokens", body.get("max_tokens") or 16))
+        content = [message.get("content") for message in body["messages"]]
+        self._sequence = Sequence(our_id(request, "chatcmpl"), words(content), length, commands)
+        self._id = f"msg_{request.headers.get('x-request-id', secrets.token_hex(16))}"
+
+    async def answer(self, answer: Answer) -> None:
+        await (self._stream(answer) if self._body.get("stream") else self._whole(answer))
+
+    def _message(self, content: list[Json], output: int) -> Json:
+        usage = {"input_tokens": self._sequence.prompt, "output_tokens": output}
+        more = {"stop_reason": "tool_use" if self._body.get("tools") else "end_turn", "stop_sequence": None}
+        common = {"id": self._id, "type": "message", "role": "assistant", "model": self._body["model"]}
+        return {**common, "content": content, **more, "usage": usage}
+
+    async def _whole(self, answer: Answer) -> None:
+        text = " ".join([f"wört{number}" async for number in self._engine.generate(self._sequence)])
+        content: list[Json] = [{"type": "text", "text": text}]
+        for tool in self._body.get("tools") or []:
+            content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {}})
+        await answer.whole(200, self._message(content, self._sequence.length))
+
+    async def _stream(self, answer: Answer) -> None:
+        async def tell(name: str, **data: Any) -> None:
+            await answer.event({"type": name, **data}, name)
+
+        await answer.begin()
+        await tell("message_start", message={**self._message([], 0), "stop_reason": None})
+        await tell("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        async for number in self._engine.generate(self._sequence):
+            await tell("content_block_delta", index=0, delta={"type": "text_delta", "text": f"wört{number} "})
+        await tell("content_block_stop", index=0)
+        usage = {"output_tokens": self._sequence.length}
+        await tell("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage=usage)
+        await tell("message_stop")
+        await answer.end()
+
+
+class OpenAIResponse:
+    """The answer to `/v1/responses`."""
+
+    def __init__(self, engine: Engine, request: Request, commands: Commands) -> None:
+        body = request.json
+        self._body = body
+        self._engine = engine
+        length = int(commands.get("tokens", body.get("max_output_tokens") or 16))
+        self._sequence = Sequence(our_id(request, "resp"), words(body.get("input")), length, commands)
+        self.id = str(body.get("request_id") or f"resp_{secrets.token_hex(16)}")
+        self._text = ""
+
+    def _item(self) -> Json:
+        part = {"type": "output_text", "text": self._text, "annotations": []}
+        return {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+
+    def told(self, status: str) -> Json:
+        prompt, length = self._sequence.prompt, self._sequence.length
+        details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+        usage = {"input_tokens": prompt, "output_tokens": length, "total_tokens": prompt + length, **details}
+        done = status == "completed"
+        common = {"id": self.id, "object": "response", "created_at": 0, "model": self._body.get("model")}
+        settings = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "error": None}
+        output = [self._item()] if done else []
+        return {**common, **settings, "status": status, "output": output, "usage": usage if done else None}
+
+    async def answer(self, answer: Answer) -> None:
+        await (self._stream(answer) if self._body.get("stream") else self._whole(answer))
+
+    async def _whole(self, answer: Answer) -> None:
+        self._text = " ".join([f"wört{number}" async for number in self._engine.generate(self._sequence)])
+        await answer.whole(200, self.told("completed"))
+
+    async def _stream(self, answer: Answer) -> None:
+        told = 0
+
+        async def tell(name: str, **data: Any) -> None:
+            nonlocal told
+            await answer.event({"type": name, "sequence_number": told, **data}, name)
+            told += 1
+
+        await answer.begin()
+        await tell("response.created", response=self.told("in_progress"))
+        await tell("response.output_item.added", output_index=0, item={**self._item(), "content": []})
+        part = {"type": "output_text", "text": "", "annotations": []}
+        where = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        await tell("response.content_part.added", **where, part=part)
+        async for number in self._engine.generate(self._sequence):
+            self._text += f"wört{number} "
+            await tell("response.output_text.delta", **where, delta=f"wört{number} ", logprobs=[])
+        await tell("response.output_text.done", **where, text=self._text, logprobs=[])
+        await tell("response.output_item.done", output_index=0, item=self._item())
+        await tell("response.completed", response=self.told("completed"))
+        await answer.end()
+
 
 class Generation:
     """The answer to one chat or text completion."""
@@ -382,9 +553,23 @@ class Generation:
 
     async def _whole(self, answer: Answer) -> None:
         texts = await asyncio.gather(*(self._text(sequence) for sequence in self._sequences))
-        choices = [self._choice(index, text, "length", delta=False) for index, text in enumerate(texts)]
+        ended = "stop" if self._body.get("response_format") else "length"
+        choices = [self._choice(index, self._wanted(text), ended, delta=False) for index, text in enumerate(texts)]
+        for tool in self._body.get("tools") or []:
+            call = {"id": "call_1", "type": "function"}
+            call["function"] = {"name": tool["function"]["name"], "arguments": "{}"}  # type: ignore[assignment] # JSON
+            choices[0] |= {"finish_reason": "tool_calls"}
+            choices[0]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
         body = {**self._common(delta=False), "choices": choices, "usage": self._usage}
         await answer.whole(200, body | ({"energy": "fake"} if "energy_headers" in self._commands else {}))
+
+    def _wanted(self, text: str) -> str:
+        """A JSON object where one was asked for: the schema's names, each with the text."""
+        wanted = self._body.get("response_format") or {}
+        schema = (wanted.get("json_schema") or {}).get("schema") or {}
+        return (
+            json.dumps(dict.fromkeys(schema.get("properties", {}), text)) if "json" in wanted.get("type", "") else text
+        )
 
     async def _text(self, sequence: Sequence) -> str:
         text = ""

@@ -41,7 +41,7 @@ def stand_ins(kind: str) -> BackendKind:
     """Every engine is the stand-in; as llama.cpp it does not report its steps."""
     if kind == "remote":
         return kind_of(kind)
-    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(kind, ("chat", "embedding"))
+    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(kind, ("chat", "embedding", "audio"))
     return FakeKind(tasks=tasks, reports_steps=kind != "llamacpp")  # type: ignore[arg-type] # literals through a dict
 
 
