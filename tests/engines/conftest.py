@@ -1,4 +1,4 @@
-"""A proxy in front of real vLLM engines, started once for all tests: two engines take a minute or more."""
+"""A proxy in front of real vLLM engines, started once for all tests: they take a minute or more."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     served = [
         model("llama", models / "llama", **{"max-model-len": 8192}),
         model("bert", models / "bert", **{"max-model-len": 256, "runner": "pooling"}),
+        model("embedder", models / "llama", **{"max-model-len": 256, "runner": "pooling"}),
     ]
     trace = folder / "trace.jsonl"
     with running(folder, models=served, kinds=kind_of, record=trace, wait=False) as proxy:

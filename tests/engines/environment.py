@@ -1,9 +1,11 @@
 """vLLM's CPU build in an environment of its own, made once and kept: some 3.5 GB, one to three minutes.
 
-It stands in `$JOULEGATE_CACHE`, or else in `$XDG_CACHE_HOME/joulegate` or `~/.cache/joulegate`.
+It stands in `$JOULEGATE_CACHE`, or else in `$XDG_CACHE_HOME/joulegate` or `~/.cache/joulegate`. `$TORCH_INDEX` is where
+to find PyTorch's CPU build, if the package index has only the CUDA one (as in the Makefile).
 """
 
 import fcntl
+import hashlib
 import os
 import subprocess
 import sys
@@ -32,7 +34,8 @@ def vllm_python() -> Path:
         if not (folder / ".complete").exists():
             _run(sys.executable, "-m", "venv", "--clear", str(folder))
             pip = (str(python), "-m", "pip", "--disable-pip-version-check", "-q")
-            _run(*pip, "install", VLLM, TORCH)
+            index = os.environ.get("TORCH_INDEX")
+            _run(*pip, "install", VLLM, TORCH, *(("--extra-index-url", index) if index else ()))
             _run(*pip, "uninstall", "-y", *_UNFIT)
             (folder / ".complete").touch()
     return python
@@ -50,8 +53,6 @@ def tiny_models() -> Path:
 
 
 def hash_of(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 

@@ -137,6 +137,26 @@ def test_other_dialects_are_attributed_by_their_steps_too(engines: Engines, path
     assert receipt["energy_joules"] > 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "sequences"),
+    [
+        ("/v1/embeddings", {"input": ["hello there", "you"]}, 2),
+        ("/pooling", {"input": ["hello there", "you"]}, 2),
+        ("/score", {"text_1": "hello", "text_2": ["you there", "me"]}, 3),
+        ("/rerank", {"query": "hello", "documents": ["you there", "me", "us"]}, 4),
+    ],
+)
+def test_what_embeds_and_scores_reports_every_sequence(
+    engines: Engines, path: str, body: dict[str, Any], sequences: int
+) -> None:
+    answer = engines.proxy.post(path, {"model": "embedder", **body})
+    tokens = answer.json()["usage"]["total_tokens"]
+    id = answer.headers["X-Request-Id"]
+    assert computed(engines, id, tokens) == tokens
+    assert len(steps_of(engines, id)) == sequences
+    assert settled(engines, answer)["method"] == "measured-steps"
+
+
 def test_what_the_engine_can_goes_through_untouched(engines: Engines) -> None:
     answer = engines.client.chat.completions.create(
         model="llama",
