@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backends import child
 from backends.spec import BackendSpec, Launch
-from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE
+from backends.steps import BACKEND_VARIABLE, DEVICES_VARIABLE, SOCKET_VARIABLE, SUPERVISED_VARIABLE
 
 _KEPT_LINES = 200
 _LINE_CHARACTERS = 2000
@@ -40,6 +40,7 @@ def environment_of(
         SOCKET_VARIABLE: str(socket),
         BACKEND_VARIABLE: spec.name,
         DEVICES_VARIABLE: ",".join(spec.device_names),
+        SUPERVISED_VARIABLE: "1",
         **launch.environment,
     }
 
@@ -47,26 +48,34 @@ def environment_of(
 class BackendProcess:
     """One run of a backend's command, in a process group of its own, which does not outlive the proxy."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, logs: "LogPump") -> None:
         self._process = process
-        self._logs = LogPump(name)
-        assert process.stdout is not None
-        self._pumping = asyncio.create_task(self._logs.run(process.stdout), name=f"logs of {name}")
+        self._logs = logs
+        self._pumping = asyncio.create_task(logs.run(), name=f"logs of {logs.name}")
 
     @classmethod
     async def start(cls, name: str, command: Sequence[str], environment: Mapping[str, str]) -> "BackendProcess":
         """Start the command; what prevents that is told by the process's end, in one line of its log."""
         wrapper = (sys.executable, "-I", "-S", child.__file__, str(os.getpid()))
-        process = await asyncio.create_subprocess_exec(
-            *wrapper,
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        return cls(name, process)
+        # A pipe of our own: asyncio would not see a process's end while a child it left behind holds its pipe.
+        reading, writing = os.pipe()
+        logs = await LogPump.connect(name, reading)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *wrapper,
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing,
+                stderr=asyncio.subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        except BaseException:
+            logs.close()
+            raise
+        finally:
+            os.close(writing)
+        return cls(process, logs)
 
     @property
     def pid(self) -> int:
@@ -85,7 +94,8 @@ class BackendProcess:
         """How it ended and why, as far as its log tells, if it has just ended of itself; "" while it runs on."""
         with contextlib.suppress(TimeoutError):
             # One that is killed hangs up a while before it is gone.
-            code = await asyncio.wait_for(self._process.wait(), _ENDING_SECONDS)
+            async with asyncio.timeout(_ENDING_SECONDS):
+                code = await self._process.wait()
             self._signal(signal.SIGKILL)  # what it may have left behind holds the device's memory, and the log open
             await self._logs_end()
             # Killed from outside, it did not say why: its last line is about something else.
@@ -97,7 +107,8 @@ class BackendProcess:
         """End it and all it started: politely, then for certain."""
         self._signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self._process.wait()
         self._signal(signal.SIGKILL)
         await self._process.wait()
         await self._logs_end()
@@ -108,8 +119,9 @@ class BackendProcess:
 
     async def _logs_end(self) -> None:
         # A grandchild that left the group may hold the pipe open for ever.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._pumping, 1)
+        await asyncio.wait([self._pumping], timeout=_ENDING_SECONDS)
+        self._pumping.cancel()
+        self._logs.close()
 
 
 def _ending(code: int) -> str:
@@ -122,14 +134,29 @@ def _ending(code: int) -> str:
 class LogPump:
     """Passes a process's output on to our log, line by line, and keeps the last of it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, reader: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
+        self.name = name
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._name = name
         self._logger = logging.getLogger(f"backends.{name}")
+        self._reader = reader
+        self._transport = transport
         self._rest = b""
 
-    async def run(self, output: asyncio.StreamReader) -> None:
-        while chunk := await output.read(_CHUNK_BYTES):
+    @classmethod
+    async def connect(cls, name: str, pipe: int) -> "LogPump":
+        """Over the reading end of a pipe, which is ours from now on."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb", 0)
+        )
+        return cls(name, reader, transport)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    async def run(self) -> None:
+        """Until all who could write have hung up."""
+        while chunk := await self._reader.read(_CHUNK_BYTES):
             # A progress bar rewrites its line; each state of it is a line of a log.
             *lines, self._rest = re.split(rb"\r\n|\n|\r", self._rest + chunk)
             if len(self._rest) > _CHUNK_BYTES:
@@ -142,7 +169,7 @@ class LogPump:
         text = _ANSI.sub("", line[: 4 * _LINE_CHARACTERS].decode(errors="replace")).rstrip()[:_LINE_CHARACTERS]
         if text:
             self.lines.append(text)
-            self._logger.log(level_of(text), "%s: %s", self._name, text)
+            self._logger.log(level_of(text), "%s: %s", self.name, text)
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")

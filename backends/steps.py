@@ -37,6 +37,8 @@ VERSION = 1
 SOCKET_VARIABLE = "JOULEGATE_STEPS_SOCKET"
 BACKEND_VARIABLE = "JOULEGATE_BACKEND"
 DEVICES_VARIABLE = "JOULEGATE_DEVICES"
+#: Set for engines that the supervisor started, as opposed to those that only report to it.
+SUPERVISED_VARIABLE = "JOULEGATE_SUPERVISED"
 
 #: A message is refused beyond this size, and no kernel default lets one grow larger.
 MAX_MESSAGE_BYTES = 1 << 20

@@ -104,9 +104,12 @@ class Supervisor:
 
     async def close(self) -> None:
         """End every backend, all at once."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pending = set(self._tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            # Before Python 3.12 a library's wait_for may swallow a cancellation: ask again.
+            _, pending = await asyncio.wait(pending, timeout=2 * self._pace.grace + 2)
         if self._client is not None:
             await self._client.close()
 
@@ -257,7 +260,8 @@ class _Backend:
         failures, found = 0, _Health("")
         while failures < self._pace.hung_after and not found.gone:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.doubted.wait(), self._pace.watch)
+                async with asyncio.timeout(self._pace.watch):
+                    await self.doubted.wait()
             self.doubted.clear()
             found = await self._supervisor.health(health, any_answer=any_answer)
             failures = failures + 1 if found.error else 0

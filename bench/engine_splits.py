@@ -9,6 +9,7 @@ rules are for requests that anybody could send.
 import argparse
 import io
 import json
+import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -34,6 +35,8 @@ REQUESTS_EACH, AT_ONCE = 12, 8
 
 def record(folder: Path) -> Path:
     """Play the mix to a real engine; the trace of it."""
+    # In GiB; without it vLLM wants nearly all of the machine's memory to be free.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     trace = folder / "trace.jsonl"
     served = [model("llama", tiny_models() / "llama", **{"max-model-len": 4096, "enable-prefix-caching": False})]
     with running(folder, models=served, kinds=kind_of, record=trace, wait=False) as proxy:

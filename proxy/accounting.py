@@ -26,7 +26,7 @@ log = logging.getLogger("joulegate.accounting")
 PROXY = "proxy"
 _RECENT_RECEIPTS = 1_000
 #: No meter has told anything for so long.
-_SILENT = Nanoseconds(1_000_000_000)
+_SILENT = Nanoseconds(5_000_000_000)
 #: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
 _STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
 

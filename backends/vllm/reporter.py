@@ -11,12 +11,13 @@ engine runs with its own scheduler, unwatched, and one line of its log says so.
 import copy
 import ctypes
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from backends.steps import StepReporter, attempt_id
+from backends.steps import SUPERVISED_VARIABLE, StepReporter, attempt_id
 from backends.vllm.versions import TESTED, untested
 
 logger = logging.getLogger("vllm.joulegate")
@@ -141,4 +142,6 @@ def _complain(reporter: StepReporter, why: str) -> None:
 
 def _die_with_parent() -> None:
     """The engine is a child of vLLM's server: it must not hold the GPU when that is killed outright."""
+    if SUPERVISED_VARIABLE not in os.environ:  # somebody else's server, started in ways we do not know
+        return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,5 +1,6 @@
 """Everything that is not a model's answer: models, energy, health, metrics and the documentation, by FastAPI."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -13,6 +14,8 @@ from proxy.api import energy, models, ops
 from proxy.api.openapi import model_paths
 from proxy.errors import ApiError, InvalidRequest, Unavailable
 from proxy.store.database import StoreUnavailable
+
+log = logging.getLogger("joulegate.api")
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 _DESCRIPTION = (
@@ -48,7 +51,9 @@ async def _told(_: Request, error: Exception) -> Response:
 
 
 async def _no_store(request: Request, error: Exception) -> Response:
-    return await _told(request, Unavailable(f"Stored receipts cannot be read now: {error}", code="store_unavailable"))
+    log.warning("stored receipts cannot be read: %s", error)  # where the store is, is not the client's to know
+    told = Unavailable("Stored receipts cannot be read now; the proxy's log says why.", code="store_unavailable")
+    return await _told(request, told)
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -228,7 +228,7 @@ class DeviceBook:
 
     def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
         """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        tally, unseen = self._glance(slot)
+        tally, unseen = (self.tallies.of(slot), 0.0) if settled else self._glance(slot)
         tail = 0.0 if settled else max(tally.awaited, 0.0) + unseen
         active = tally.active + round(tail)
         low, high = interval(self._doubts(tally, tail, lost_ratio))

@@ -17,6 +17,7 @@ When a window settles. Each backend that uses the device has a *horizon*, up to 
 
 - with open work: the end of the latest step it reported (an engine reports its steps in order); where the relay
   observes each request on its own, the least of these over its open requests;
+- with open work and no report ever: nothing, on any device, but only for its first few requests;
 - without open work: a moment ago (`GRACE`), since reports travel a little slower than answers do;
 - in a replay without `start` records nobody announces work: only reports count.
 
@@ -25,11 +26,10 @@ never reopened: a step that comes later is lost work. It is counted and widens i
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from proxy.energy.attribution import METHODS, Attribution, DeviceBalance, DeviceShare, Method
+from proxy.energy.backend import GRACE, Backend
 from proxy.energy.device import DeviceBook
 from proxy.energy.errors import EventError
 from proxy.energy.events import (
@@ -53,40 +53,10 @@ from proxy.energy.timeline import LIMIT
 __all__ = ["GRACE", "PROXY_BACKEND", "SETTLE_AFTER", "EventError", "Ledger"]
 
 SETTLE_AFTER = Nanoseconds(30_000_000_000)
-#: How much later than an answer, or than the time it speaks of, a report may come.
-GRACE = Nanoseconds(500_000_000)
 #: How long a window waits for news of other processes on a device that has had such news before.
 _PROCESSES_GRACE = 1_500_000_000
 _LOOK_EVERY = 200_000_000
-_DUPLICATES_REMEMBERED = 64
 _RANK: dict[Method, int] = {method: rank for rank, method in enumerate(METHODS)}
-
-
-@dataclass(slots=True)
-class _Backend:
-    """What the ledger knows of a backend. `reported` is the end of its latest step."""
-
-    name: str
-    index: int
-    devices: dict[str, None] = field(default_factory=dict)  # in the order they became known
-    relayed: bool = False
-    reports: bool = False
-    reported: int = NEVER
-    last_finish: int = NEVER
-    open: dict[str, Request] = field(default_factory=dict)
-    reported_by_request: dict[str, int] = field(default_factory=dict)
-    requests: Sequence[str] = ()  # of its latest step, with their slots: a batch changes seldom
-    slots: list[int] = field(default_factory=list)
-    slots_version: int = -1
-    recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
-    reports_received: int = 0
-    reports_lost: int = 0
-
-    def lost_ratio(self, request: Request) -> float:
-        """Of the reports that were sent while a request was open, the part that was lost."""
-        received = self.reports_received - request.reports_before[0]
-        lost = self.reports_lost - request.reports_before[1]
-        return lost / (lost + received) if lost else 0.0
 
 
 class Ledger:
@@ -105,7 +75,7 @@ class Ledger:
         self._looked_at = NEVER  # when time-outs of waiting requests were last looked after
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
-        self._backends: dict[str, _Backend] = {}
+        self._backends: dict[str, Backend] = {}
         self._backend_names: list[str] = []
         self._backend(PROXY_BACKEND)
         self._waiting: dict[str, Request] = {}
@@ -157,7 +127,7 @@ class Ledger:
         _check_step(event)
         books = {name: book for name in event.devices if (book := self._book_of_step(name)) is not None}
         backend = self._backend(event.backend)
-        if self._is_duplicate(backend, event):
+        if backend.has_heard(event):
             return
         slots = self._slots_of(event, backend)
         for name, book in books.items():
@@ -237,18 +207,16 @@ class Ledger:
     def _book_of_step(self, device: str) -> DeviceBook | None:
         return self._devices.get(device) if self._known_only else self._metered(device)
 
-    def _backend(self, name: str) -> _Backend:
+    def _backend(self, name: str) -> Backend:
         backend = self._backends.get(name)
         if backend is None:
-            backend = self._backends[name] = _Backend(name, len(self._backends))
+            backend = self._backends[name] = Backend(name, len(self._backends))
             self._backend_names.append(name)
         return backend
 
     def _open(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
         opened = self._registry.begin(request, backend, at, announced=announced)
-        known = self._backend(backend)
-        known.open[request] = opened
-        opened.reports_before = (known.reports_received, known.reports_lost)
+        self._backend(backend).opens(opened)
         if not announced and backend in {"", PROXY_BACKEND}:
             self._orphans.add(request)
         return opened
@@ -257,15 +225,12 @@ class Ledger:
         at = max(at, request.started)
         self._registry.finish(request, at, outcome)
         self._waiting[request.request] = request
-        backend = self._backend(request.backend)
-        backend.open.pop(request.request, None)
-        backend.reported_by_request.pop(request.request, None)
-        backend.last_finish = max(backend.last_finish, at)
+        self._backend(request.backend).closes(request)
 
     def _pass(self, now: Nanoseconds) -> None:
         self._now = max(self._now, now)
 
-    def _slots_of(self, step: Step, backend: _Backend) -> list[int]:
+    def _slots_of(self, step: Step, backend: Backend) -> list[int]:
         if self._registry.version == backend.slots_version and step.requests == backend.requests:
             return backend.slots
         slots = self._find_slots(step)
@@ -288,76 +253,45 @@ class Ledger:
             return UNATTRIBUTED
         return self._open(request, step.backend, step.started, announced=False).slot
 
-    def _is_duplicate(self, backend: _Backend, step: Step) -> bool:
-        key = (step.started, step.ended)
-        if backend.recent.get(key) == step:
-            return True
-        backend.recent[key] = step
-        if len(backend.recent) > _DUPLICATES_REMEMBERED:
-            backend.recent.popitem(last=False)
-        return False
-
-    def _note_report(self, backend: _Backend, step: Step) -> None:
-        backend.reports = True
-        backend.reports_received += 1
-        backend.reported = max(backend.reported, step.ended)
+    def _note_report(self, backend: Backend, step: Step) -> None:
+        backend.hears(step)
         if backend.name == PROXY_BACKEND:
             return
+        for name in {*step.requests} & self._orphans if self._orphans else ():
+            self._adopt(self._registry.open[name], backend)
         if step.source == "relay":
-            backend.relayed = True
-        for request in {*step.requests} if step.source == "relay" or self._orphans else ():
-            self._note_request(backend, request, step)
+            rank = _RANK["measured-tokens" if all(step.tokens) else "measured-window"]
+            for name in step.requests:
+                if (request := self._registry.open.get(name)) is not None:
+                    request.rank = max(request.rank, rank)
 
-    def _note_request(self, backend: _Backend, name: str, step: Step) -> None:
-        request = self._registry.open.get(name)
-        if request is None:
-            return
-        if request.request in self._orphans:
-            self._adopt(request, backend)
-        if step.source != "relay":
-            return
-        unknown_work = any(r == name and not t for r, t in zip(step.requests, step.tokens, strict=True))
-        request.rank = max(request.rank, _RANK["measured-window" if unknown_work else "measured-tokens"])
-        if request.finished is None:
-            backend.reported_by_request[name] = max(step.ended, backend.reported_by_request.get(name, NEVER))
-
-    def _adopt(self, request: Request, backend: _Backend) -> None:
+    def _adopt(self, request: Request, backend: Backend) -> None:
         """In a replay, the first backend but the proxy's own that works for a request is the request's."""
         self._orphans.discard(request.request)
-        self._backend(request.backend).open.pop(request.request, None)
+        self._backend(request.backend).closes(request)
         request.backend = backend.name
-        request.reports_before = (backend.reports_received, backend.reports_lost)
         if request.finished is None:
-            backend.open[request.request] = request
+            backend.opens(request)
 
     # --- settling ---
-
-    def _horizon(self, backend: _Backend, end: Nanoseconds) -> int:
-        """Up to when this backend's work is known, seen from a window that ends at `end`."""
-        if not self._announced:
-            return backend.reported
-        working = next(iter(backend.open.values()), None)
-        if working is not None and working.started < end:
-            return self._relay_horizon(backend, end) if backend.relayed else backend.reported
-        if self._now >= backend.last_finish + GRACE:
-            return max(backend.reported, self._now - GRACE)
-        return backend.reported
-
-    def _relay_horizon(self, backend: _Backend, end: Nanoseconds) -> int:
-        seen = backend.reported_by_request
-        return min((seen.get(name, r.started) for name, r in backend.open.items() if r.started < end), default=NEVER)
 
     def _is_ready(self, name: str, book: DeviceBook) -> bool:
         end = book.windows[0].end
         if self._now >= end + self._settle_after:
             return True
-        users = [backend for backend in self._backends.values() if name in backend.devices]
+        users = [
+            backend
+            for backend in self._backends.values()
+            if name in backend.devices or (self._announced and backend.may_surprise)
+        ]
         if not users and (not self._announced or self._now < end + GRACE):
             return False
         known = book.uses.known_until
         if known is not None and known < end and self._now < end + _PROCESSES_GRACE:
             return False
-        return all(self._horizon(backend, end) >= end for backend in users)
+        if not self._announced:
+            return all(backend.reported >= end for backend in users)
+        return all(backend.horizon(end, self._now) >= end for backend in users)
 
     def _settle_windows(self) -> None:
         progress = False
@@ -411,9 +345,7 @@ class Ledger:
             book.abandon(request.slot)
         self._waiting.pop(request.request, None)
         self._orphans.discard(request.request)
-        backend = self._backend(request.backend)
-        backend.open.pop(request.request, None)
-        backend.reported_by_request.pop(request.request, None)
+        self._backend(request.backend).closes(request)
         self._registry.forget(request)
 
     def _last_end(self, request: Request) -> Nanoseconds:

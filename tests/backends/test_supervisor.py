@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from backends.kinds import KINDS, kind_of
-from backends.process import cause_in, level_of
+from backends.process import BackendProcess, cause_in, level_of
 from backends.spec import BackendError, BackendSpec
 from backends.steps import LoadingState, StepReceiver, StepReport
 from backends.supervisor import BackendStatus, Pace, Supervisor
@@ -140,10 +140,24 @@ async def test_a_gpu_that_is_not_there_is_named(run_dir: Path, tmp_path: Path, m
         assert supervisor.statuses()["chat"].error == "chat: there is no GPU 1: this machine has 1, numbered from 0"
 
 
+async def test_a_death_is_noticed_though_a_child_of_its_own_lives_on(run_dir: Path) -> None:
+    script = (
+        "import subprocess, sys; subprocess.Popen(['sleep', '600'], start_new_session=True); sys.exit('ERROR: gone')"
+    )
+    process = await BackendProcess.start("chat", [sys.executable, "-c", script], dict(os.environ))
+    async with asyncio.timeout(15):
+        assert await process.ended() == "ended with exit code 1"
+        assert await process.cause() == "ended with exit code 1: gone"
+        await process.stop(0.1)
+    for child in psutil.process_iter(["cmdline"]):
+        if child.info["cmdline"] == ["sleep", "600"]:
+            child.kill()
+
+
 async def test_an_interpreter_that_does_not_exist_is_named(run_dir: Path) -> None:
     async with supervised(run_dir, spec(python="/nowhere/python")) as (supervisor, _):
-        await until(lambda: supervisor.statuses()["chat"].state == "failed")
-        assert "cannot run /nowhere/python" in str(supervisor.statuses()["chat"].error)
+        await until(lambda: "cannot run /nowhere/python" in str(supervisor.statuses()["chat"].error))
+        assert supervisor.statuses()["chat"].state in {"failed", "starting"}
 
 
 async def test_one_that_takes_too_long_is_given_up_and_tried_again(run_dir: Path) -> None:

@@ -173,12 +173,6 @@ class Heard:
         self.steps += steps
 
 
-@pytest.fixture(autouse=True)
-def no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' own process must not end with the shell that started it."""
-    monkeypatch.setattr(reporter, "_die_with_parent", lambda: None)
-
-
 @pytest.fixture
 async def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Heard]:
     heard = Heard()

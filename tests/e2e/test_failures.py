@@ -219,3 +219,15 @@ def test_without_any_meter_requests_still_leave_the_memory_for_the_store(tmp_pat
         until(proxy.settled)
         assert proxy.receipt(ids.copy().pop())["status"] == "unavailable"
         until(lambda: {receipt["id"] for receipt in proxy.stored()} == ids)
+
+
+def test_a_store_that_cannot_be_used_costs_old_receipts_only_and_is_not_described_to_clients(tmp_path: Path) -> None:
+    secret = tmp_path / "private" / "receipts.db"
+    with running(tmp_path, models=MODELS[:1], store={"url": f"sqlite:///{secret}"}) as proxy:
+        answer = proxy.post("/v1/chat/completions", chat("hi"))
+        assert answer.status_code == 200
+        assert proxy.receipt(answer.headers["X-Request-Id"])["energy_joules"] > 0
+        old = proxy.client.get("/v1/energy/receipts/" + "0" * 32)
+        assert (old.status_code, error(old)["code"]) == (503, "store_unavailable")
+        assert int(old.headers["Retry-After"]) > 0
+        assert "private" not in old.text

@@ -41,7 +41,7 @@ def test_a_recording_replays_to_the_same_figures(tmp_path: Path) -> None:
             for future in [pool.submit(send, proxy, *each) for each in work]:
                 future.result()
         until(proxy.settled, 60)
-        until(lambda: len(proxy.stored()) == 3 * len(work))
+        until(lambda: [receipt["status"] for receipt in proxy.stored()] == ["settled"] * 3 * len(work))
         receipts = proxy.stored()
     out = io.StringIO()
     replay(trace, out)

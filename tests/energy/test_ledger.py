@@ -427,3 +427,24 @@ def test_enormous_figures_stay_exact() -> None:
     requests = closed(ledger)
     assert sum(a.devices["gpu:0"].active for a in requests.values()) == huge
     assert ledger.devices()[0].residual == 0
+
+
+def test_a_stream_and_a_whole_answer_of_as_many_tokens_cost_alike() -> None:
+    """The relay sees the one in groups of tokens, the other only at its end."""
+    ledger = told(Ledger(known_only=True), GPU, start("stream", 0), start("whole", 0), sample("gpu:0", 0, 0))
+    for quarter in range(8):
+        group = {"stream": (5, 105 + 5 * quarter)}
+        told(ledger, step(quarter / 4, quarter / 4 + 0.25, group, source="relay"))
+    told(ledger, step(0, 2, {"whole": (40, 140)}, source="relay"), finish("stream", 2), finish("whole", 2))
+    told(ledger, *(sample("gpu:0", 0.5 * (i + 1), 50.0 * (i + 1)) for i in range(4)))
+    requests = closed(ledger)
+    assert energy(requests["stream"]) == pytest.approx(energy(requests["whole"]), rel=0.1)
+
+
+def test_a_backend_that_waits_in_silence_is_given_up_after_thirty_seconds_and_is_idle_then() -> None:
+    ledger = told(
+        calibrated(known_only=True), start("a", 10), *(sample("gpu:0", 10 + i, 1000 + 100 * i) for i in range(1, 50))
+    )
+    balance = ledger.devices()[0]
+    assert balance.idle == (59 - 30) * 100 * JOULE
+    assert balance.pending == 30 * 100 * JOULE

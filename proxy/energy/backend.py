@@ -1,0 +1,91 @@
+"""What the ledger knows of a backend: its devices, its open requests, and up to when its work is known."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from proxy.energy.events import Step
+from proxy.energy.quantities import Nanoseconds
+from proxy.energy.registry import NEVER, Request
+
+#: How much later than an answer, or than the time it speaks of, a report may come.
+GRACE = Nanoseconds(500_000_000)
+_DUPLICATES_REMEMBERED = 64
+#: A backend that finished so many requests without a report is not waited for any more.
+_SILENT = 3
+
+
+@dataclass(slots=True)
+class Backend:
+    """`reported` is the end of its latest step; `relayed` says that the relay observes its requests one by one."""
+
+    name: str
+    index: int
+    devices: dict[str, None] = field(default_factory=dict)  # in the order they became known
+    open: dict[str, Request] = field(default_factory=dict)
+    reports: int = 0
+    reports_lost: int = 0
+    reported: int = NEVER
+    relayed: bool = False
+    requests: Sequence[str] = ()  # of its latest step, with their slots: a batch changes seldom
+    slots: list[int] = field(default_factory=list)
+    slots_version: int = -1
+    _reported_of: dict[str, int] = field(default_factory=dict)
+    _last_finish: int = NEVER
+    _unheard: int = 0
+    _recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
+
+    def opens(self, request: Request) -> None:
+        self.open[request.request] = request
+        request.reports_before = (self.reports, self.reports_lost)
+
+    def closes(self, request: Request) -> None:
+        """The request is finished, settled, or another backend's."""
+        if self.open.pop(request.request, None) is not None and not self.reports:
+            self._unheard += 1
+        self._reported_of.pop(request.request, None)
+        if request.finished is not None:
+            self._last_finish = max(self._last_finish, request.finished)
+
+    def hears(self, step: Step) -> None:
+        """A step report came in."""
+        self.reports += 1
+        self.reported = max(self.reported, step.ended)
+        if step.source == "relay":
+            self.relayed = True
+            for name in step.requests:
+                if name in self.open:
+                    self._reported_of[name] = max(step.ended, self._reported_of.get(name, NEVER))
+
+    def has_heard(self, step: Step) -> bool:
+        """Whether this very step was reported lately; from now on it was."""
+        key = (step.started, step.ended)
+        if self._recent.get(key) == step:
+            return True
+        self._recent[key] = step
+        if len(self._recent) > _DUPLICATES_REMEMBERED:
+            self._recent.popitem(last=False)
+        return False
+
+    @property
+    def may_surprise(self) -> bool:
+        """It is at work, and nobody knows yet where, nor whether it will ever tell."""
+        return bool(self.open) and not self.devices and self._unheard < _SILENT
+
+    def lost_ratio(self, request: Request) -> float:
+        """Of the reports that were sent while a request was open, the part that was lost."""
+        received, lost = self.reports - request.reports_before[0], self.reports_lost - request.reports_before[1]
+        return lost / (lost + received) if lost else 0.0
+
+    def horizon(self, end: Nanoseconds, now: int) -> int:
+        """Up to when its work is known, seen from a window that ends at `end`, where requests are announced."""
+        working = next(iter(self.open.values()), None)
+        if working is not None and working.started < end:
+            return self._least_reported(end) if self.relayed else self.reported
+        if now >= self._last_finish + GRACE:
+            return max(self.reported, now - GRACE)
+        return self.reported
+
+    def _least_reported(self, end: Nanoseconds) -> int:
+        seen = self._reported_of
+        return min((seen.get(name, r.started) for name, r in self.open.items() if r.started < end), default=NEVER)
