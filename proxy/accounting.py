@@ -15,7 +15,19 @@ from typing import Protocol
 
 from backends.steps import StepReport
 from proxy.energy.attribution import Attribution, Method
-from proxy.energy.events import UNKNOWN_REQUEST, Device, Event, Finish, Loss, Outcome, Sample, Source, Start, Step
+from proxy.energy.events import (
+    UNKNOWN_REQUEST,
+    Device,
+    Event,
+    Finish,
+    Loss,
+    Model,
+    Outcome,
+    Sample,
+    Source,
+    Start,
+    Step,
+)
 from proxy.energy.ledger import SETTLE_AFTER, EventError, Ledger
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.receipt import HOST, Accounting, Receipt, Request, Tokens, receipt
@@ -123,12 +135,14 @@ class Accountant:
         places: Mapping[str, tuple[str, ...]],
         sinks: Sequence[ReceiptSink] = (),
         record: Callable[[Sequence[Event]], None] | None = None,
+        recall: Callable[[Device], Sequence[Model]] | None = None,
     ) -> None:
         self._ledger = ledger
         self.terms = terms
         self._places = places
         self._sinks = sinks
         self._record = record
+        self._recall = recall
         self._devices: dict[str, Device] = dict(terms.devices)
         self._sampled: dict[str, Nanoseconds] = {}  # by device, when its meter was last read
         self._tickets: dict[str, Ticket] = {}
@@ -208,9 +222,9 @@ class Accountant:
         self._charge_proxy()
         for event in events:
             if isinstance(event, Device):
-                self._devices[event.device] = event
-                self.terms = replace(self.terms, devices=dict(self._devices))
-            elif isinstance(event, Sample):
+                self._found(event)
+                continue
+            if isinstance(event, Sample):
                 self._sampled[event.device] = event.at
             self.apply(event)
         self._advance()
@@ -302,6 +316,15 @@ class Accountant:
         at = now()
         if at - max(self._sampled.values(), default=Nanoseconds(0)) > _SILENT:
             self._ledger.advance(at)
+
+    def _found(self, device: Device) -> None:
+        """A device is there, or is told of anew; at first, what is known of the backends' costs on it goes with it."""
+        new = device.device not in self._devices
+        self._devices[device.device] = device
+        self.terms = replace(self.terms, devices=dict(self._devices))
+        self.apply(device)
+        for model in self._recall(device) if new and self._recall is not None else ():
+            self.apply(model)
 
     def _charge_proxy(self) -> None:
         """The proxy's own work on the host since the last time, shared equally by the requests in flight."""

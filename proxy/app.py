@@ -34,6 +34,7 @@ from proxy.energy.receipt import Accounting, Receipt
 from proxy.errors import JoulegateError
 from proxy.export.metrics import Metrics
 from proxy.export.snapshot import OperationsSnapshot
+from proxy.learnt import Learnt
 from proxy.meter.discover import Discovery, discover
 from proxy.meter.sampler import Sampler
 from proxy.recorder import Recorder
@@ -44,10 +45,12 @@ from proxy.relay.responses import StoredResponses
 from proxy.relay.upstream import Upstream
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
-from proxy.settings import carbon_intensity, meter_settings, moderation_terms, receipt_store
+from proxy.settings import carbon_intensity, learnt_path, meter_settings, moderation_terms, receipt_store
 from proxy.store.receipts import ReceiptStore
 
 log = logging.getLogger("joulegate")
+
+_KEEP_SECONDS = 60.0
 
 #: Requests settle by the meters' beat; this one goes on where every meter fails, or there is none.
 _SETTLING_SECONDS = 0.5
@@ -179,14 +182,19 @@ class Node:
         terms = Accounting(energy.boundary, energy.pue or 1.0, self._intensity, devices={})
         if self._recorder is not None:
             stack.callback(self._recorder.close)
+        learnt = Learnt(learnt_path(self.config.store), self.registry.specs)
         accountant = Accountant(
             Ledger(known_only=True),
             terms,
             self.registry.places(),
             sinks=[sink],
             record=self._recorder.record if self._recorder else None,
+            recall=learnt.recall,
         )
         stack.callback(accountant.close)
+        stack.callback(lambda: learnt.keep(accountant.ledger.models()))
+        saving = asyncio.create_task(_keep_now_and_then(learnt, accountant))
+        stack.callback(saving.cancel)
         return accountant
 
     async def _start_backends(self, stack: AsyncExitStack, accountant: Accountant) -> Supervisor:
@@ -255,6 +263,13 @@ class Node:
             step_reports_lost=accountant.reports_lost,
             store=store.health(),
         )
+
+
+async def _keep_now_and_then(learnt: Learnt, accountant: Accountant) -> None:
+    """So that a crash costs a minute of learning at most."""
+    while True:
+        await asyncio.sleep(_KEEP_SECONDS)
+        await asyncio.to_thread(learnt.keep, accountant.ledger.models())
 
 
 class _Sink:

@@ -1,5 +1,9 @@
 """The configuration as the parts take it: plain values for what must not know the configuration's form."""
 
+from pathlib import Path
+
+from sqlalchemy import make_url
+
 from proxy import grid
 from proxy.api.receipts import encode_receipt
 from proxy.config import Carbon, Config, Meters, Moderation, Store
@@ -33,6 +37,13 @@ def receipt_store(store: Store) -> ReceiptStore:
         return ReceiptStore(store.url, encode_receipt)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def learnt_path(store: Store) -> Path | None:
+    """Where what is learnt of the backends' costs is kept: beside a SQLite file; nowhere for other stores."""
+    url = make_url(store.url)
+    beside = url.get_backend_name() == "sqlite" and url.database not in {None, "", ":memory:"}
+    return Path(f"{url.database}.learnt.json") if beside else None
 
 
 def check(config: Config) -> None:
