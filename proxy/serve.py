@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -114,7 +115,7 @@ def http_server(node: Node) -> uvicorn.Server:
         node.config.server.drain_seconds,
         uvicorn.Config(
             node.asgi,
-            http=Protocol,
+            http=partial(Protocol, edge=node.edge),  # type: ignore[arg-type] # it is only ever called
             ws="none",
             lifespan="on",
             log_config=None,

@@ -15,8 +15,6 @@ from proxy.energy.carbon import Intensity, kilowatt_hours
 from proxy.energy.quantities import Microjoules
 from proxy.energy.receipt import Boundary, Figures, Receipt, Status
 
-Headers = list[tuple[bytes, bytes]]
-
 SIGNIFICANT_DIGITS = 6
 _encoder = msgspec.json.Encoder()
 
@@ -66,39 +64,41 @@ def encode_receipt(receipt: Receipt) -> bytes:
     return _encoder.encode(receipt_object(receipt))
 
 
-def receipt_headers(receipt: Receipt) -> Headers:
-    """The energy and carbon headers of an answer whose receipt is known, with lower-case names as ASGI wants them."""
-    headers = _provenance(receipt.request.id, receipt.status, receipt.boundary, receipt.intensity)
+def receipt_headers(receipt: Receipt) -> bytes:
+    """The energy and carbon header lines of an answer whose receipt is known."""
+    provenance = _provenance(receipt.request.id, receipt.status, receipt.boundary, receipt.intensity)
     figures = receipt.figures
     if figures is None:
-        return headers
+        return provenance
     grams = fixed_point(figures.operational).encode()
-    interval = f"{fixed_joules(figures.low)}-{fixed_joules(figures.high)}"
-    return [
-        (b"x-energy-joules", fixed_joules(figures.parts.total).encode()),
-        (b"x-energy-interval-joules", interval.encode()),
-        (b"x-energy-method", figures.method.encode()),
-        (b"x-energy-meter", figures.meter.encode()),
-        (b"x-carbon-grams", grams),
-        (b"carbon-emissions-scope-2", grams),
-        *headers,
-    ]
+    return (
+        b"x-energy-joules: %b\r\nx-energy-interval-joules: %b-%b\r\nx-energy-method: %b\r\nx-energy-meter: %b\r\n"
+        b"x-carbon-grams: %b\r\ncarbon-emissions-scope-2: %b\r\n%b"
+    ) % (
+        fixed_joules(figures.parts.total).encode(),
+        fixed_joules(figures.low).encode(),
+        fixed_joules(figures.high).encode(),
+        figures.method.encode(),
+        figures.meter.encode(),
+        grams,
+        grams,
+        provenance,
+    )
 
 
 def stream_head_headers(
     receipt_id: str, *, method: Method | None, meter: str | None, boundary: Boundary, intensity: Intensity
-) -> Headers:
-    """The headers of a stream's head, which leaves before the energy is known: no joules, interval or grams.
+) -> bytes:
+    """The header lines of a stream's head, which leaves before the energy is known: no joules, interval or grams.
 
     `method` and `meter` are what is to be expected; without a meter the status is `unavailable`.
     """
     if meter is None:
         return _provenance(receipt_id, "unavailable", boundary, intensity)
-    headers = _provenance(receipt_id, "pending", boundary, intensity)
+    lines = _provenance(receipt_id, "pending", boundary, intensity)
     if method is not None:
-        headers.append((b"x-energy-method", method.encode()))
-    headers.append((b"x-energy-meter", meter.encode()))
-    return headers
+        lines += b"x-energy-method: %b\r\n" % method.encode()
+    return lines + b"x-energy-meter: %b\r\n" % meter.encode()
 
 
 def fixed_joules(energy: Microjoules) -> str:
@@ -116,13 +116,11 @@ def fixed_point(value: float) -> str:
     return text + "0" if text.endswith(".") else text
 
 
-def _provenance(receipt_id: str, status: Status, boundary: Boundary, intensity: Intensity) -> Headers:
-    return [
-        (b"x-energy-boundary", boundary.encode()),
-        (b"x-energy-status", status.encode()),
-        (b"x-carbon-intensity", _intensity_header(intensity)),
-        (b"link", f'</v1/energy/receipts/{receipt_id}>; rel="energy-receipt"'.encode()),
-    ]
+def _provenance(receipt_id: str, status: Status, boundary: Boundary, intensity: Intensity) -> bytes:
+    return (
+        b"x-energy-boundary: %b\r\nx-energy-status: %b\r\nx-carbon-intensity: %b\r\n"
+        b'link: </v1/energy/receipts/%b>; rel="energy-receipt"\r\n'
+    ) % (boundary.encode(), status.encode(), _intensity_header(intensity), receipt_id.encode())
 
 
 @lru_cache(maxsize=64)
