@@ -44,6 +44,7 @@ from proxy.relay.relay import Relay
 from proxy.relay.responses import StoredResponses
 from proxy.relay.services import Patience, Services, tick
 from proxy.relay.upstream import Upstream
+from proxy.relay.watch import Watch
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 from proxy.settings import carbon_intensity, learnt_path, meter_settings, moderation_terms, receipt_store
@@ -135,6 +136,10 @@ class Node:
         upstream = Upstream(connect_seconds=timeouts.connect)
         stack.push_async_callback(upstream.close)
         responses = StoredResponses()
+        patience = Patience(timeouts.first_byte, timeouts.total, self.config.server.keep_alive_seconds)
+        watch = Watch(patience.shortest)
+        watching = asyncio.create_task(watch.run())
+        stack.callback(watching.cancel)
         services = Services(
             accountant,
             self.registry,
@@ -144,9 +149,8 @@ class Node:
             self.config.server.max_body_bytes,
             supervisor.suspect,
             self.intake,
-            Patience(
-                first_byte=timeouts.first_byte, total=timeouts.total, keep_alive=self.config.server.keep_alive_seconds
-            ),
+            patience,
+            watch,
             self.config.moderator,
             responses,
         )

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,8 @@ from proxy.routing.registry import ServedModel
 
 log = logging.getLogger("joulegate")
 
+#: Of uvicorn's.
+_TICKS_PER_SECOND = 10
 #: After the drain, for answers that are no model's.
 _GRACE_SECONDS = 2
 
@@ -96,6 +99,14 @@ class DrainingServer(uvicorn.Server):
         self._seconds = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_PER_SECOND == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.close_if_idle(now)
+        return await super().on_tick(counter)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ models, which go to the relay without an ASGI scope, its messages and the task t
 """
 
 import asyncio
+import time
 from collections import deque
 from typing import Any
 
@@ -41,6 +42,26 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._under_way: deque[RequestResponseCycle | RelayCycle] = deque()
+        self._idle_since: float | None = None
+
+    def close_if_idle(self, now: float) -> None:
+        """Hang up if no request has come for too long (monotonic seconds). In place of a timer for each answer."""
+        if self._idle_since is not None and now - self._idle_since >= self.timeout_keep_alive:
+            self.timeout_keep_alive_handler()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for its timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = time.monotonic()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as its base does
         super().connection_made(transport)
@@ -289,6 +310,10 @@ class RelayCycle:
         if self._protocol.flow.write_paused:
             source.pause()
 
+    def interrupt(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
     def break_off(self) -> None:
         self.response_complete = True
         self._protocol.transport.abort()
@@ -316,15 +341,16 @@ class RelayCycle:
         assert self._headers is not None
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
-        serving = self._relay.serve(Inbound(self._headers, body, self._key, self._model), self._reply)
-        task = self._task = self._protocol.loop.create_task(serving)
-        self._protocol.tasks.add(task)
-        task.add_done_callback(self._served)
+        asked = Inbound(self._headers, body, self._key, self._model)
+        task = self._task = self._protocol.loop.create_task(self._serve(asked))
+        self._protocol.tasks.add(task)  # uvicorn waits for these when it ends
 
-    def _served(self, task: "asyncio.Task[None]") -> None:
-        self._protocol.tasks.discard(task)
-        self._task = None
-        if not self.response_complete and not self.disconnected:
-            self.break_off()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+    async def _serve(self, asked: Inbound) -> None:
+        try:
+            await self._relay.serve(asked, self._reply)
+        finally:
+            if self._task is not None:
+                self._protocol.tasks.discard(self._task)
+                self._task = None
+            if not self.response_complete and not self.disconnected:
+                self.break_off()

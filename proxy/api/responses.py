@@ -71,7 +71,7 @@ async def _passed(answer: Answer) -> Response:
         for name, value in answer.headers
         if not stays_behind(name.lower())
     }
-    if answer.content_type.startswith("text/event-stream"):
+    if answer.content_type.startswith(b"text/event-stream"):
         return StreamingResponse(answer.chunks(), answer.status, headers)
     body = await answer.whole()
     if answer.status >= 300:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
 from proxy.energy.quantities import Microjoules, joules
-from proxy.energy.receipt import Figures, Receipt
+from proxy.energy.receipt import Figures, Receipt, Tokens
 from proxy.export.operations import OperationsCollector
 from proxy.export.snapshot import OperationsSnapshot
 from proxy.export.tallies import Distribution, Distributions, Sum, Sums, TalliesCollector
@@ -78,13 +78,12 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self._first_token[self._model(model)].observe(seconds)
 
-    def tokens(self, model: str, kind: str, count: int) -> None:
-        """`kind` is prompt, completion or cached; `count` is 0 or more."""
-        name = self._model(model)
-        counter = self._tokens.get((name, kind))
-        if counter is None:
-            counter = self._tokens[name, kind] = self._all_tokens.labels(name, kind)
-        counter.value += count
+    def tokens(self, model: str, tokens: Tokens) -> None:
+        """What a backend's usage said of one request."""
+        prompt, completion, cached = self._tokens[self._model(model)]
+        prompt.value += tokens.prompt or 0
+        completion.value += tokens.completion or 0
+        cached.value += tokens.cached or 0
 
     def in_flight(self, model: str, change: int) -> None:
         self._in_flight[self._model(model)].value += change
@@ -128,15 +127,16 @@ class Metrics:
             FIRST_TOKEN_SECONDS,
         )
         self._first_token = {name: first_token.labels(name) for name in known}
-        self._all_tokens = Sums("joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"))
-        self._tokens: dict[tuple[str, str], Sum] = {}
+        all_tokens = Sums("joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"))
+        kinds = ("prompt", "completion", "cached")
+        self._tokens = {name: tuple(all_tokens.labels(name, kind) for kind in kinds) for name in known}
         in_flight = Sums("joulegate_requests_in_flight", "Requests under way.", ("model",), gauge=True)
         self._in_flight = {name: in_flight.labels(name) for name in known}
         families: list[Sums | Distributions] = [
             self._requests,
             self._duration,
             first_token,
-            self._all_tokens,
+            all_tokens,
             in_flight,
         ]
         self._registry.register(TalliesCollector(families))

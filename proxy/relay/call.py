@@ -39,7 +39,7 @@ class Headers:
     forwarded: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inbound:
     """A request that has arrived whole. `key` names the caller's, `model` is the one its path names, if it does."""
 
@@ -49,7 +49,7 @@ class Inbound:
     model: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see.
 

@@ -9,9 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from proxy.accounting import Ticket, now
 from proxy.api.receipts import encode_receipt, receipt_headers, stream_head_headers
@@ -39,7 +37,6 @@ CLIENT_CLOSED = 499
 _RETRIES = RetryPolicy()
 _LONG_BODY = 32 * 1024
 _EVENT_STREAM: Lines = b"content-type: text/event-stream; charset=utf-8\r\n"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,9 @@ class Exchange:
         self._route: Route | None = None
         self._sifter: Sifter | None = None
         self._forwarding: Forwarding | None = None
-        self._task: asyncio.Task[object] | None = None
+        self._began_at = time.monotonic()
+        self._deadline = self._began_at + services.patience.total
+        self._first_byte_due = math.inf
         self._overdue: TimedOut | None = None
 
     async def run(self) -> int:
@@ -82,28 +81,31 @@ class Exchange:
 
         Raises ApiError if no backend was asked at all and nothing was said: then there is no receipt.
         """
-        self._task = asyncio.current_task()
-        self._services.observer.in_flight(self._model, 1)
-        self._set_alarms()
+        services = self._services
+        services.observer.in_flight(self._model, 1)
+        services.watch.under_way.add(self)
         try:
             await self._in_turn()
         except ApiError as error:
-            if self._forwarding is None:
-                self._give_up("failed")
-                raise
-            self._close_stream(error)
+            self._tell(error)
         except asyncio.CancelledError:
-            if not self._reply.client_left:  # the node is being stopped
-                raise
-            return CLIENT_CLOSED
+            if self._reply.client_left:
+                return CLIENT_CLOSED
+            self._tell(self._excuse())
         except Exception:
             self._give_up("failed")
             raise
         finally:
-            self._clear_alarms()
+            services.watch.under_way.discard(self)
             self._give_up("cancelled")
-            self._services.observer.in_flight(self._model, -1)
+            services.observer.in_flight(self._model, -1)
         return self._reply.status
+
+    def _tell(self, error: ApiError) -> None:
+        """Tell the client what went wrong; raises the error where neither it nor a backend has heard of the other."""
+        if self._forwarding is None and not self._ticket.attempts:
+            raise error
+        self._fail(error)
 
     def _give_up(self, outcome: Outcome) -> None:
         """Settle what was begun and not ended."""
@@ -112,57 +114,43 @@ class Exchange:
 
     # time
 
-    def _set_alarms(self) -> None:
+    def look(self, now: float) -> None:
+        """What the watch asks: whether it takes too long, or a stream's client has seen nothing for too long."""
         patience = self._services.patience
-        patience.total.set(self, self._ring)
-        if patience.silence is not None and self._call.streams_events:
-            patience.silence.set(self, self._show_life)
-
-    def _clear_alarms(self) -> None:
-        patience = self._services.patience
-        patience.total.clear(self)
-        patience.first_byte.clear(self)
-        if patience.silence is not None:
-            patience.silence.clear(self)
-
-    def _ring(self) -> None:
-        self._interrupt(TimedOut(f"The request took longer than {self._services.patience.total.seconds:g} s."))
-
-    def _ring_first_byte(self) -> None:
-        seconds = self._services.patience.first_byte.seconds
-        self._interrupt(TimedOut(f"The backend did not begin to answer within {seconds:g} s."))
+        if now >= self._deadline:
+            self._interrupt(TimedOut(f"The request took longer than {patience.total:g} s."))
+        elif now >= self._first_byte_due:
+            self._interrupt(TimedOut(f"The backend did not begin to answer within {patience.first_byte:g} s."))
+        elif patience.silence and self._call.streams_events and self._receipt is None:
+            self._show_life(now - patience.silence)
 
     def _interrupt(self, overdue: TimedOut) -> None:
-        if self._task is not None:
-            self._overdue = overdue
-            self._task.cancel()
+        self._deadline = self._first_byte_due = math.inf
+        self._overdue = overdue
+        self._reply.interrupt()
 
-    async def _patiently(self, doing: Awaitable[T]) -> T:
-        """Wait as long as there is time; raises TimedOut."""
-        try:
-            return await doing
-        except asyncio.CancelledError:
-            overdue, self._overdue = self._overdue, None
-            if overdue is None or self._task is None or self._reply.client_left:
-                raise
-            self._task.uncancel()
-            raise overdue from None
+    def _excuse(self) -> TimedOut:
+        """Why the task was interrupted; raises CancelledError if that was not our doing: the node is being stopped."""
+        task = asyncio.current_task()
+        if self._overdue is None or task is None:
+            raise asyncio.CancelledError
+        task.uncancel()
+        return self._overdue
 
-    def _show_life(self) -> None:
-        """The silence of a stream has lasted: its client gets a comment, and before that the head."""
-        silence = self._services.patience.silence
-        if silence is None or self._receipt is not None:
-            return
-        forwarding = self._forwarding or self._open_stream(200, _EVENT_STREAM)
-        if time.monotonic() - forwarding.last >= silence.seconds:
-            forwarding.keep_alive()
-        silence.set(self, self._show_life)
+    def _show_life(self, silent_since: float) -> None:
+        """Where nothing was sent since then: a comment for the stream's client, and before that the head."""
+        if self._forwarding is None and self._began_at <= silent_since:
+            self._open_stream(200, _EVENT_STREAM).keep_alive()
+        elif self._forwarding is not None and self._forwarding.last <= silent_since:
+            self._forwarding.keep_alive()
 
     # turns and attempts
 
     async def _in_turn(self) -> None:
         gate = self._services.registry.models[self._model].gate
-        entered = await self._patiently(gate.enter())
+        entered = gate.enter_at_once()
+        if entered is None:
+            entered = await gate.enter()
         try:
             await self._until_answered()
         finally:
@@ -199,12 +187,11 @@ class Exchange:
             asked=0.0 if elsewhere else failure.asked,
             lost=failure.lost,
         )
-        deadline = self._services.patience.total.due(self)
-        if pause is None or deadline is None or asyncio.get_running_loop().time() + pause >= deadline:
+        if pause is None or time.monotonic() + pause >= self._deadline:
             return None
         self._end_observation(Tokens(), None)
         self._ticket.fail_attempt()
-        await self._patiently(asyncio.sleep(pause))
+        await asyncio.sleep(pause)
         try:
             return self._lease()
         except Unavailable:
@@ -226,11 +213,11 @@ class Exchange:
             self._lost(lease)
             refused = Unavailable(f"The backend of model '{self._model}' is not answering.")
             return Failure(refused, lost=error.lost)
-        except TimedOut as error:
-            log.warning("backend %s took too long: %s", route.backend, error)
-            self._lost(lease)
-            self._fail(error)
-            return None
+        except asyncio.CancelledError:
+            if self._overdue is not None and self._forwarding is None:
+                log.warning("backend %s took too long: %s", route.backend, self._overdue)
+                self._lost(lease)
+            raise
         finally:
             lease.release()
 
@@ -258,23 +245,20 @@ class Exchange:
         self._services.observations.add(self._observation)
 
     async def _ask(self, route: Route, head: Lines) -> Answer:
-        """Send the request and wait for the answer's head; raises Unreachable or TimedOut."""
+        """Send the request and wait for the answer's head; raises Unreachable."""
         response_id = self._ticket.attempts[-1] if route.takes_response_id else None
         body = upstream_body(self._call, route.model, response_id)
-        first_byte = self._services.patience.first_byte
-        first_byte.set(self, self._ring_first_byte)
-        try:
-            url = route.url + self._call.endpoint.upstream_path
-            return await self._patiently(self._services.upstream.post(url, body, head))
-        finally:
-            first_byte.clear(self)
+        self._first_byte_due = time.monotonic() + self._services.patience.first_byte
+        answer = await self._services.upstream.post(route.url + self._call.endpoint.upstream_path, body, head)
+        self._first_byte_due = math.inf
+        return answer
 
     async def _judge(self, lease: Lease, answer: Answer) -> Failure | None:
         """Pass an answer on, or say why another attempt may do better."""
         try:
             if answer.status in RETRYABLE:
                 asked = answer.header("retry-after")
-                error = refusals.translate(answer.status, await self._patiently(answer.whole()), asked)
+                error = refusals.translate(answer.status, await answer.whole(), asked)
                 lease.failed()
                 return Failure(error, asked=_seconds(asked))
             lease.succeeded()
@@ -289,20 +273,20 @@ class Exchange:
 
     async def _deliver(self, answer: Answer) -> None:
         if answer.status >= 400:
-            body = await self._patiently(answer.whole())
+            body = await answer.whole()
             self._fail(refusals.translate(answer.status, body, answer.header("retry-after")))
         elif answer.status >= 300:
             self._fail(UpstreamFailed(f"The backend answered with a redirect ({answer.status})."))
-        elif answer.header("content-encoding") not in {None, "identity"}:
+        elif answer.content_encoding not in {b"", b"identity"}:
             self._fail(UpstreamFailed("The backend compressed its answer, though asked not to."))
-        elif answer.content_type.startswith("text/event-stream"):
+        elif answer.content_type.startswith(b"text/event-stream"):
             await self._stream(answer)
         else:
             await self._whole(answer)
 
     async def _whole(self, answer: Answer) -> None:
-        body = await self._patiently(answer.whole())
-        is_json = answer.content_type.startswith("application/json")
+        body = await answer.whole()
+        is_json = answer.content_type.startswith(b"application/json")
         told = read_json_answer(body) if is_json else Told()
         lines = passed_back(answer.headers)
         translation = self._call.endpoint.translation
@@ -327,16 +311,9 @@ class Exchange:
     async def _stream(self, answer: Answer) -> None:
         forwarding = self._forwarding or self._open_stream(answer.status, passed_back(answer.headers))
         self._reply.throttle(answer)
-        failure: ApiError | None = None
-        try:
-            await self._patiently(answer.pump(forwarding.take))
-            forwarding.finish()
-        except (BrokeOff, ValueError) as error:
-            log.warning("backend %s broke off its stream: %s", self._tried[-1], error)
-            failure = UpstreamFailed("The backend broke off its answer.")
-        except TimedOut as error:
-            failure = error
-        self._close_stream(failure)
+        await answer.pump(forwarding.take)
+        forwarding.finish()
+        self._close_stream(None)
 
     def _open_stream(self, status: int, lines: Lines) -> Forwarding:
         """Send the head of a stream."""
@@ -388,9 +365,8 @@ class Exchange:
         tokens = told.usage.tokens() if told.usage is not None else Tokens()
         self._end_observation(tokens, told.timings)
         self._receipt = self._ticket.finish(outcome, tokens)
-        for kind, count in (("prompt", tokens.prompt), ("completion", tokens.completion), ("cached", tokens.cached)):
-            if count:
-                self._services.observer.tokens(self._model, kind, count)
+        if told.usage is not None:
+            self._services.observer.tokens(self._model, tokens)
         return self._receipt
 
     def _end_observation(self, tokens: Tokens, timings: Timings | None) -> None:

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 
 from proxy.energy.receipt import Request
 from proxy.errors import ApiError
@@ -18,6 +19,19 @@ log = logging.getLogger("joulegate.relay")
 _OPENAI_MODERATORS = ("omni-moderation", "text-moderation")
 #: The label of a request whose model nobody knows.
 _UNKNOWN = "unknown"
+_ID_BYTES = 16
+_IDS_DRAWN = 64
+
+
+def _new_ids() -> Iterator[str]:
+    """Ids of 128 random bits; the kernel is asked for many at a time."""
+    while True:
+        drawn = secrets.token_hex(_ID_BYTES * _IDS_DRAWN)
+        for at in range(0, len(drawn), 2 * _ID_BYTES):
+            yield drawn[at : at + 2 * _ID_BYTES]
+
+
+_ids = _new_ids()
 
 
 class Relay:
@@ -33,7 +47,7 @@ class Relay:
 
     def reply(self, wire: Wire) -> Reply:
         """An answer to begin, with the id of its request."""
-        return Reply(wire, secrets.token_hex(16))
+        return Reply(wire, next(_ids))
 
     def envelope(self, error: ApiError) -> bytes:
         """The body of an error's answer in the endpoint's API."""

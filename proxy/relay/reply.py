@@ -47,6 +47,10 @@ class Wire(Protocol):
         """Let this source wait from now on while the client is slower than it."""
         ...
 
+    def interrupt(self) -> None:
+        """Cancel whoever answers."""
+        ...
+
     def break_off(self) -> None:
         """Close the connection: the answer will not become whole."""
         ...
@@ -105,6 +109,10 @@ class Reply:
     @property
     def client_left(self) -> bool:
         return self._wire.left
+
+    def interrupt(self) -> None:
+        """Cancel the task that this answer is the work of."""
+        self._wire.interrupt()
 
     def throttle(self, source: Source) -> None:
         """Let the source of a stream wait while the client is slower."""

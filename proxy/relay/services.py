@@ -6,10 +6,11 @@ from typing import Protocol
 
 from proxy.accounting import Accountant
 from proxy.energy.quantities import Nanoseconds
-from proxy.relay.alarms import Alarms
+from proxy.energy.receipt import Tokens
 from proxy.relay.observe import Observation
 from proxy.relay.responses import StoredResponses
 from proxy.relay.upstream import Upstream
+from proxy.relay.watch import Watch
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 
@@ -21,20 +22,21 @@ class Observer(Protocol):
 
     def request_finished(self, model: str, endpoint: str, code: int, seconds: float) -> None: ...
     def first_token(self, model: str, seconds: float) -> None: ...
-    def tokens(self, model: str, kind: str, count: int) -> None: ...
+    def tokens(self, model: str, tokens: Tokens) -> None: ...
     def in_flight(self, model: str, change: int) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
 class Patience:
-    """How long is waited: until a backend's answer begins, for a request in all, and with a silent stream.
+    """Seconds: until a backend's answer begins, for a request in all, and a stream's longest silence (0: any)."""
 
-    After `keep_alive` seconds without a byte a stream's client is shown that it lives; 0 for never.
-    """
+    first_byte: float
+    total: float
+    silence: float
 
-    def __init__(self, *, first_byte: float, total: float, keep_alive: float) -> None:
-        self.first_byte = Alarms(first_byte)
-        self.total = Alarms(total)
-        self.silence = Alarms(keep_alive / 2) if keep_alive else None
+    @property
+    def shortest(self) -> float:
+        return min(self.first_byte, self.total, self.silence or self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Services:
     suspect: Callable[[str], None]
     intake: Intake
     patience: Patience
+    watch: Watch
     moderator: str | None
     responses: StoredResponses
 

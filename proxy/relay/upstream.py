@@ -28,6 +28,8 @@ _SEPARATE_BODY: Final = 64 * 1024
 _READ_AHEAD: Final = 256 * 1024
 
 RawHeader = tuple[bytes, bytes]
+#: Of the names of the headers that are heeded: content-type, content-length, content-encoding, transfer-encoding.
+_TELLING_LENGTHS: Final = frozenset({12, 14, 16, 17})
 
 
 class Unreachable(JoulegateError):
@@ -73,13 +75,26 @@ def _target(url: str) -> _Target:
 class Answer:
     """An answer whose head has arrived. `pump()`, `chunks()` or `whole()` once; `abort()` ends it at any time."""
 
-    __slots__ = ("_connection", "content_type", "headers", "status")
+    __slots__ = ("_connection", "content_encoding", "content_type", "framed", "headers", "status")
 
     def __init__(self, connection: "_Connection", status: int, headers: list[RawHeader]) -> None:
         self._connection = connection
         self.status = status
         self.headers = headers
-        self.content_type = self.header("content-type") or ""
+        self.content_type = self.content_encoding = b""
+        self.framed = False
+        """Whether the head says where the body ends."""
+        for name, value in headers:
+            if len(name) in _TELLING_LENGTHS:
+                self._note(name.lower(), value)
+
+    def _note(self, name: bytes, value: bytes) -> None:
+        if name == b"content-type":
+            self.content_type = value
+        elif name == b"content-encoding":
+            self.content_encoding = value
+        elif name in {b"content-length", b"transfer-encoding"}:
+            self.framed = True
 
     def header(self, name: str) -> str | None:
         """`name` is in lower case."""
@@ -147,7 +162,6 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[RawHeader] = []
         self._head_bytes = 0
-        self._framed = False
         self._paused = False
         self._closed = False
         self._reset()
@@ -261,7 +275,7 @@ class _Connection(asyncio.Protocol):
         self._closed = True
         self._pool.forget(self)
         if self._busy and not self._complete:
-            if exc is None and self._answer is not None and not self._framed:
+            if exc is None and self._answer is not None and not self._answer.framed:
                 self._complete = True  # neither a length nor chunks: the end of the connection is the end of the body
                 self._wake()
             else:
@@ -273,7 +287,6 @@ class _Connection(asyncio.Protocol):
         if self._complete:
             raise BrokeOff("the backend answered twice")
         self._headers = []
-        self._framed = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))
@@ -284,9 +297,6 @@ class _Connection(asyncio.Protocol):
             return
         self._head_seen = True
         self._head_bytes = 0
-        for name, _ in self._headers:
-            if len(name) in {14, 17} and name.lower() in {b"content-length", b"transfer-encoding"}:
-                self._framed = True
         self._answer = Answer(self, status, self._headers)
 
     def on_body(self, data: bytes) -> None:
