@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from backends.steps import StepReport
 from proxy.energy.attribution import Attribution, Method
+from proxy.energy.carbon import Intensity
 from proxy.energy.events import (
     UNKNOWN_REQUEST,
     Device,
@@ -30,7 +31,7 @@ from proxy.energy.events import (
 )
 from proxy.energy.ledger import SETTLE_AFTER, EventError, Ledger
 from proxy.energy.quantities import Nanoseconds
-from proxy.energy.receipt import HOST, Accounting, Receipt, Request, Tokens, receipt
+from proxy.energy.receipt import HOST, Accounting, Boundary, Receipt, Request, Tokens, receipt
 
 log = logging.getLogger("joulegate.accounting")
 
@@ -41,6 +42,10 @@ _RECENT_RECEIPTS = 1_000
 _SILENT = Nanoseconds(5_000_000_000)
 #: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
 _STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
+
+
+#: What is known of the costs of all backends, or of one, on a device.
+Recall = Callable[[Device, str | None], Sequence[Model]]
 
 
 class ReceiptSink(Protocol):
@@ -69,6 +74,7 @@ class Ticket:
     __slots__ = (
         "_accountant",
         "_shares",
+        "_terms",
         "attempts",
         "finished_at",
         "measurable",
@@ -81,6 +87,7 @@ class Ticket:
     def __init__(self, accountant: "Accountant", request: Request) -> None:
         self._accountant = accountant
         self._shares: dict[str, Attribution] = {}
+        self._terms = accountant.terms
         self.request = request
         self.attempts: list[str] = []
         self.tokens = Tokens()
@@ -88,6 +95,12 @@ class Ticket:
         self.provisional: Receipt | None = None
         self.finished_at: Nanoseconds | None = None
         self.stored = False
+
+    @property
+    def terms(self) -> Accounting:
+        """Those that held when it was opened, for the devices there are now."""
+        now_valid = self._accountant.terms
+        return self._terms if self._terms is now_valid else replace(self._terms, devices=now_valid.devices)
 
     def attempt(self, backend: str) -> str:
         """Begin an attempt on `backend`; returns the id that goes upstream as `X-Request-Id`."""
@@ -116,16 +129,18 @@ class Ticket:
 
     def receipt(self) -> Receipt:
         shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
-        known = [share for share in shares if share is not None]
-        if not self.measurable or any(self._accountant.is_unmeasured(share, self.finished_at) for share in known):
+        known, terms = [share for share in shares if share is not None], self.terms
+        devices = {device for share in known for device in share.devices if terms.within(device)}
+        if not self.measurable or self._accountant.has_failed(devices, self.finished_at):
             known = [replace(share, devices={}) for share in known]
-        return receipt(self.request, known, self.tokens, self._accountant.terms)
+        return receipt(self.request, known, self.tokens, terms)
 
 
 class Accountant:
     """All events go through here, to the ledger and to the recording; settled shares come out as receipts.
 
-    `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one).
+    `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one); it
+    may change meanwhile.
     """
 
     def __init__(
@@ -135,7 +150,7 @@ class Accountant:
         places: Mapping[str, tuple[str, ...]],
         sinks: Sequence[ReceiptSink] = (),
         record: Callable[[Sequence[Event]], None] | None = None,
-        recall: Callable[[Device], Sequence[Model]] | None = None,
+        recall: Recall | None = None,
     ) -> None:
         self._ledger = ledger
         self.terms = terms
@@ -183,21 +198,32 @@ class Accountant:
     def share(self, attempt: str) -> Attribution | None:
         return self._ledger.attribution(attempt, now())
 
-    def is_unmeasured(self, share: Attribution, finished_at: Nanoseconds | None) -> bool:
-        """Whether a meter of it failed before its end, for so long that the ledger does not wait for it any more."""
+    def has_failed(self, devices: Collection[str], finished_at: Nanoseconds | None) -> bool:
+        """Whether a meter failed before a request's end, for so long that the ledger does not wait for it any more."""
         at = now()
         needed = min(at if finished_at is None else finished_at, Nanoseconds(at - SETTLE_AFTER))
-        return any(self._sampled.get(device, 0) < needed for device in share.devices if self.terms.within(device))
+        return any(self._sampled.get(device, 0) < needed for device in devices)
 
-    def expectation(self, backend: str, *, reports_steps: bool) -> Expectation:
+    def expectation(self, backend: str, terms: Accounting, *, reports_steps: bool) -> Expectation:
         """The provenance to announce before any energy is known."""
-        places = [place for place in self._places.get(backend, ()) if self.terms.within(place)]
+        places = [place for place in self._places.get(backend, ()) if terms.within(place)]
         devices = [self._devices[place] for place in places if place in self._devices]
         if not devices or not self._measurable(backend):
             return Expectation(None, None)
         measured: Method = "measured-steps" if reports_steps else "measured-tokens"
         method = "estimated" if all(device.estimated for device in devices) else measured
         return Expectation(method, "+".join(dict.fromkeys(device.meter for device in devices)))
+
+    # what may change while it runs
+
+    def adopt(self, boundary: Boundary, pue: float, intensity: Intensity) -> None:
+        """Other terms, for requests that are yet to come."""
+        self.terms = replace(self.terms, boundary=boundary, pue=pue, intensity=intensity)
+
+    def introduce(self, backend: str) -> None:
+        """One more backend, of which `places` knows: tell the ledger what is known of its costs."""
+        for device in self._devices.values():
+            self._remember(device, backend)
 
     # events
 
@@ -323,7 +349,11 @@ class Accountant:
         self._devices[device.device] = device
         self.terms = replace(self.terms, devices=dict(self._devices))
         self.apply(device)
-        for model in self._recall(device) if new and self._recall is not None else ():
+        if new:
+            self._remember(device, None)
+
+    def _remember(self, device: Device, backend: str | None) -> None:
+        for model in self._recall(device, backend) if self._recall is not None else ():
             self.apply(model)
 
     def _charge_proxy(self) -> None:
