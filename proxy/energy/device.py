@@ -2,8 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ _NO_FOREIGN = 0.01
 _PROXY_PART = 0.05
 _LARGE_BATCH = 64
 _MOST = float(1 << 62)
+#: Makes a share of bare integers: thousands of them a second are worth a detour around the units' names.
+_share: Callable[[int, int, int, int, int | None, int], DeviceShare] = cast(Any, DeviceShare)
 #: Where backends run side by side on cores of their own; on an accelerator they take turns.
 HOST = "host"
 
@@ -255,16 +257,10 @@ class DeviceBook:
 
     def _predicted_only(self, tail: Tail) -> DeviceShare:
         """The share of a request of which no window has seen anything yet."""
-        active = Microjoules(round(tail.energy))
-        ratio = self._hour.idle_ratio()
-        return DeviceShare(
-            active,
-            low=Microjoules(max(math.floor(tail.energy - tail.below), 0)),
-            high=Microjoules(math.ceil(tail.energy + tail.above)),
-            marginal=active,
-            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
-            meanwhile=active,
-        )
+        active, low, ratio = round(tail.energy), tail.energy - tail.below, self._hour.idle_ratio()
+        high = math.ceil(tail.energy + tail.above)
+        full = None if ratio is None else round(active * (1 + ratio))
+        return _share(active, math.floor(low) if low > 0 else 0, high, active, full, active)
 
     def _shares(self, slots: Ints, lost_ratios: Floats, tail: Tail) -> list[DeviceShare]:
         rows = self.tallies.rows(slots)
@@ -291,7 +287,7 @@ class DeviceBook:
             np.maximum(_whole(rows.meanwhile + tail.energy), active),
         )
         exact, lows, highs, marginal, meanwhile = (column.tolist() for column in columns)
-        return list(map(DeviceShare, exact, lows, highs, marginal, full, meanwhile))
+        return list(map(_share, exact, lows, highs, marginal, full, meanwhile))
 
     def _glance(self, request: Request) -> Tail | None:
         """What is predicted for a request's steps that nobody has looked at yet; None for no such steps.
