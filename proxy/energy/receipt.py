@@ -174,10 +174,7 @@ def _figures(attempts: Sequence[Attribution], accounting: Accounting) -> Figures
 
 
 def _lacks_a_meter(attempts: Sequence[Attribution], accounting: Accounting) -> bool:
-    for attempt in attempts:
-        if attempt.unmeasured and any(map(accounting.within, attempt.unmeasured)):
-            return True
-    return False
+    return any(any(map(accounting.within, attempt.unmeasured)) for attempt in attempts if attempt.unmeasured)
 
 
 _Shares = Sequence[tuple[str, DeviceShare]]
