@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,7 +49,9 @@ class Edge:
         if scope["type"] != "http":
             await self._pages(scope, receive, send)
             return
-        relay = self._relays.get(scope["path"]) or self._pipeline(scope)
+        # As it was sent: an encoded slash is none, and no other spelling of a path reaches a backend.
+        path = scope["raw_path"].decode("ascii")
+        relay = self._relays.get(path) or self._pipeline(path, scope)
         try:
             self._admit(scope)
             if relay is not None and scope["method"] != "POST":
@@ -59,13 +61,12 @@ class Edge:
             return
         await self._serve(relay, scope, receive, send)
 
-    def _pipeline(self, scope: Scope) -> Relay | None:
+    def _pipeline(self, path: str, scope: Scope) -> Relay | None:
         """The Hub's paths, which hold the model's name: `/models/{model}` and `/models/{model}/pipeline/{task}`."""
-        path: str = scope["path"]
         if not path.startswith(_HUB):
             return None
         model, named, task = path.removeprefix(_HUB).rpartition("/pipeline/")
-        scope["joulegate.model"] = model = model if named else task
+        scope["joulegate.model"] = model = unquote(model if named else task)
         return self._relays.get(f"{_HUB}{{model}}/pipeline/{task}") if named else self._pipeline_of(model)
 
     async def _serve(self, relay: Relay | None, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,6 +89,8 @@ class Edge:
         host = origin = authorization = api_key = None
         for name, value in scope["headers"]:
             if name == b"host":
+                if host is not None:
+                    raise InvalidRequest("A request has one Host header.")
                 host = value
             elif name == b"origin":
                 origin = value
@@ -95,6 +98,8 @@ class Edge:
                 authorization = value
             elif name == b"x-api-key":
                 api_key = value
+        if host is None and scope["http_version"] == "1.1":
+            raise InvalidRequest("A request of HTTP/1.1 has a Host header.")
         self._check_host(host)
         if origin is not None:
             self._check_origin(origin, host)

@@ -151,6 +151,8 @@ async def _collect(receive: Receive, limit: int) -> bytes:
 
 def decode_head(endpoint: Endpoint, body: bytes) -> Head:
     try:
+        if not body.isascii():
+            body.decode()  # what is not read here is for the backend, which must be able to
         return endpoint.decode(body)
     except msgspec.ValidationError as error:
         message, param = _explain(str(error))

@@ -13,7 +13,8 @@ Served: `/health`, `/v1/models`, `/v1/chat/completions` and `/v1/completions` (s
 `/v1/messages` and `count_tokens`, `/v1/responses` (kept, and fetched by id). Tools are called with `{}`.
 And for tests to look inside:
 
-- `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled"}`
+- `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled",
+  "received"}`, the last being how many requests have come in all (health checks and looks inside aside)
 - `GET /fake/requests`: `[{"method", "path", "headers", "body"}]`, the last 100, header names in lower case
 
 A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=20 die_after=3]]`.
@@ -238,6 +239,7 @@ class Server:
         self._engine = engine
         self._model = model
         self._seen: deque[Json] = deque(maxlen=100)
+        self._received = 0
         self._stored: dict[str, Json] = {}
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
@@ -288,6 +290,7 @@ class Server:
             commands = {name: value for name, value in commands.items() if name in {"tokens", "token_ms"}}
         answer = Answer(writer, commands)
         if not request.path.startswith(("/fake", "/health")):
+            self._received += 1
             self._seen.append({**vars(request), "body": text})
         path = request.path.partition("?")[0]
         handler = self._handlers.get(path)
@@ -305,7 +308,14 @@ class Server:
         elif "garbage" in commands:
             await answer.whole(200, b"<html>not json")
         else:
+            await self._handled(handler, request, answer, commands)
+
+    async def _handled(self, handler: Handler, request: Request, answer: Answer, commands: Commands) -> None:
+        """As real engines do, refuse a body that is no JSON, where JSON is due."""
+        try:
             await handler(request, answer, commands)
+        except ValueError as problem:
+            await answer.whole(400, error(400, f"the body cannot be read: {problem}"))
 
     # --- endpoints ---
 
@@ -319,7 +329,8 @@ class Server:
     async def _truth(self, request: Request, answer: Answer, commands: Commands) -> None:
         engine = self._engine
         truth = {"steps": engine.steps, "requests": engine.truth}
-        await answer.whole(200, {**truth, "active": engine.active, "cancelled": engine.cancelled})
+        counts = {"active": engine.active, "cancelled": engine.cancelled, "received": self._received}
+        await answer.whole(200, {**truth, **counts})
 
     async def _requests(self, request: Request, answer: Answer, commands: Commands) -> None:
         await answer.whole(200, list(self._seen))
