@@ -378,7 +378,7 @@ class Server:
 
     async def _images(self, request: Request, answer: Answer, commands: Commands) -> None:
         body = request.json
-        size = str(body.get("size") or "64x64")
+        size = str(body.get("size") or "auto").replace("auto", "64x64")
         width, height = map(int, size.split("x"))
         steps = int(body.get("num_inference_steps") or 10)
         pixels = width * height // 64
