@@ -25,7 +25,7 @@ from backends.supervisor import BackendStatus, Supervisor
 from proxy.accounting import PROXY, Accountant, now
 from proxy.api.auth import Authenticator
 from proxy.api.context import Context
-from proxy.api.edge import Edge
+from proxy.api.edge import EXPOSED, Edge
 from proxy.api.pages import create_pages
 from proxy.config import Config
 from proxy.energy.events import BackendState, Event
@@ -40,9 +40,11 @@ from proxy.meter.sampler import Sampler
 from proxy.recorder import Recorder
 from proxy.relay.endpoints import ENDPOINTS, PIPELINES, moderations
 from proxy.relay.observe import Observation
-from proxy.relay.relay import Patience, Relay, Services, tick
+from proxy.relay.relay import Relay
 from proxy.relay.responses import StoredResponses
+from proxy.relay.services import Patience, Services, tick
 from proxy.relay.upstream import Upstream
+from proxy.relay.watch import Watch
 from proxy.routing.intake import Intake
 from proxy.routing.registry import Registry
 from proxy.settings import carbon_intensity, learnt_path, meter_settings, moderation_terms, receipt_store
@@ -55,19 +57,13 @@ _KEEP_SECONDS = 60.0
 #: Requests settle by the meters' beat; this one goes on where every meter fails, or there is none.
 _SETTLING_SECONDS = 0.5
 
-#: Headers of ours that a page of another origin may read, where such pages are allowed at all.
-_EXPOSED = [
-    "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
-    "X-Energy-Meter", "X-Energy-Boundary", "X-Energy-Status", "X-Carbon-Grams", "X-Carbon-Intensity",
-    "Carbon-Emissions-Scope-2", "Link", "openai-processing-ms",
-]  # fmt: skip
-
 
 class Node:
     """A proxy with its meters and backends: complete alone.
 
-    `asgi` is what a server runs; its lifespan starts and ends everything else. `started` is set once requests can
-    come in; the models load meanwhile. `failure` is why it could not start.
+    `asgi` is what a server runs, its lifespan starts and ends everything else; `edge` is for the server's protocol,
+    which hands requests of models past ASGI to the relay. `started` is set once requests can come in; the models load
+    meanwhile. `failure` is why it could not start.
     """
 
     def __init__(
@@ -105,15 +101,17 @@ class Node:
     def _around(self, pages: FastAPI) -> ASGIApp:
         server, auth = self.config.server, self.config.auth
         authenticator = Authenticator(auth.keys, required=auth.required)
-        edge = Edge(pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins, self._pipeline_of)
+        self.edge = Edge(
+            pages, self._relays, authenticator, server.allowed_hosts, server.cors_origins, self._pipeline_of
+        )
         if not server.cors_origins:
-            return edge
+            return self.edge
         return CORSMiddleware(
-            edge,
+            self.edge,
             server.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=_EXPOSED,
+            expose_headers=EXPOSED,
         )
 
     @asynccontextmanager
@@ -138,6 +136,10 @@ class Node:
         upstream = Upstream(connect_seconds=timeouts.connect)
         stack.push_async_callback(upstream.close)
         responses = StoredResponses()
+        patience = Patience(timeouts.first_byte, timeouts.total, self.config.server.keep_alive_seconds)
+        watch = Watch(patience.shortest)
+        watching = asyncio.create_task(watch.run())
+        stack.callback(watching.cancel)
         services = Services(
             accountant,
             self.registry,
@@ -147,7 +149,8 @@ class Node:
             self.config.server.max_body_bytes,
             supervisor.suspect,
             self.intake,
-            Patience(timeouts.first_byte, timeouts.total),
+            patience,
+            watch,
             self.config.moderator,
             responses,
         )

@@ -32,9 +32,13 @@ class Admission(Generic[Who]):
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def has_room(self) -> bool:
+        return self._max_in_flight is None or self.in_flight < self._max_in_flight
+
     def arrive(self, who: Who) -> Decision:
         """One that may `go` is in flight, one that is to `wait` stands in the queue, one for whom it is `full` left."""
-        if self._max_in_flight is None or self.in_flight < self._max_in_flight:
+        if self.has_room:
             self.in_flight += 1
             return "go"
         if len(self._waiting) >= self._max_queue:
@@ -71,6 +75,13 @@ class Gate:
     @property
     def waiting(self) -> int:
         return self._admission.waiting
+
+    def enter_at_once(self) -> float | None:
+        """The time of entry, if one need not wait."""
+        if not self._admission.has_room:
+            return None
+        self._admission.in_flight += 1
+        return time.monotonic()
 
     async def enter(self) -> float:
         """Wait for one's turn; raises Overloaded at once when the queue is full. Returns the time of entry."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
@@ -151,7 +152,10 @@ def running(
     found = [SteadyMeter(), SteadyMeter("host", 50.0, kind="rapl")] if meters is None else meters
     recorder = Recorder(record) if record else None
     node = Node(parse(document, source="test"), recorder=recorder, kinds=kinds, discovery=Discovery(found, []))
-    with socket.create_server(("127.0.0.1", 0)) as listening, asyncio.Runner() as runner:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         port = listening.getsockname()[1]
         server = http_server(node)
         loop = runner.get_loop()

@@ -404,7 +404,7 @@ def test_a_body_over_the_limit_is_told_so_before_it_is_sent(small: Proxy) -> Non
 
 
 def test_a_body_that_trickles_is_408(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.relay.call._BODY_SECONDS", 0.3)
+    monkeypatch.setattr(Protocol, "body_seconds", 0.3)
     monkeypatch.setattr(Protocol, "linger_seconds", 0.3)
     before = received(proxy)
     got = b""

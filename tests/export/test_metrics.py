@@ -45,9 +45,9 @@ def test_a_request_is_counted_and_timed(metrics: Metrics) -> None:
 
 
 def test_tokens_first_tokens_and_requests_in_flight(metrics: Metrics) -> None:
-    metrics.tokens("chat", "prompt", 12)
-    metrics.tokens("chat", "completion", 40)
-    metrics.tokens("chat", "completion", 2)
+    metrics.tokens("chat", Tokens(prompt=12))
+    metrics.tokens("chat", Tokens(completion=40))
+    metrics.tokens("chat", Tokens(completion=2))
     metrics.first_token("chat", 0.05)
     metrics.in_flight("chat", 1)
     metrics.in_flight("chat", 1)
@@ -105,7 +105,7 @@ def test_clients_cannot_multiply_labels(metrics: Metrics) -> None:
     for number in range(50):
         made_up = f"model-{number}"
         metrics.request_finished(made_up, "/v1/chat/completions", 404, 0.1)
-        metrics.tokens(made_up, "prompt", 1)
+        metrics.tokens(made_up, Tokens(prompt=1))
         metrics.first_token(made_up, 0.1)
         metrics.in_flight(made_up, 1)
         metrics.receipt_settled(receipt(str(number), model=made_up), None)
@@ -161,8 +161,8 @@ def test_a_broken_balance_shows_as_residual(metrics: Metrics) -> None:
 
 def test_two_nodes_in_one_process_do_not_share_counts() -> None:
     one, other = Metrics(["chat"]), Metrics(["chat"])
-    one.tokens("chat", "prompt", 1)
-    assert value(other, "joulegate_tokens_total") is None
+    one.tokens("chat", Tokens(prompt=1))
+    assert value(other, "joulegate_tokens_total", kind="prompt", model="chat") == 0
 
 
 def test_the_process_itself_is_watched(metrics: Metrics) -> None:
