@@ -91,7 +91,7 @@ def read_headers(raw: RawHeaders) -> Headers:
         if name not in _HEEDED:
             continue
         if name == b"host":
-            if headers.host is not None and headers.host != value:
+            if headers.host is not None:
                 raise InvalidRequest("The request names two hosts.")
             headers.host = value
         elif name == b"content-type":
@@ -156,6 +156,8 @@ def is_json(content_type: bytes) -> bool:
 
 def decode_head(endpoint: Endpoint, body: bytes) -> Head:
     try:
+        if not body.isascii():
+            body.decode()  # what is not read here is for the backend, which must be able to
         return endpoint.decode(body)
     except msgspec.ValidationError as error:
         message, param = _explain(str(error))
