@@ -150,6 +150,8 @@ def drive(node: "Node | Idle", clock: Clock, load: Load) -> tuple[float, float]:
         flying.append(ask())
         if len(flying) > load.in_flight:
             answer(*flying.popleft())
+    while flying:
+        answer(*flying.popleft())
     return time.thread_time() - began, beating
 
 
@@ -169,12 +171,13 @@ def measure(load: Load) -> Cost:
 
 
 def _lines(costs: list[Cost]) -> Iterator[str]:
-    yield f"{'requests/s':>10} {'in flight':>9} {'µs each':>8} {'answering':>9} {'settling':>8} {'residual':>8}"
+    heads = ("requests/s", 10), ("in flight", 9), ("µs each", 8), ("answering", 9), ("settling", 8), ("unsettled", 9)
+    yield " ".join(f"{head:>{width}}" for head, width in (*heads, ("residual", 8)))
     for cost in costs:
         load = cost.load
         yield (
             f"{load.rate:>10.0f} {load.in_flight:>9} {cost.microseconds:>8.1f} {cost.answering:>9.1f} "
-            f"{cost.settling:>8.1f} {cost.residual:>8}"
+            f"{cost.settling:>8.1f} {cost.unsettled:>9} {cost.residual:>8}"
         )
 
 

@@ -8,10 +8,12 @@ the metrics). What is kept in memory is bounded by what is open, plus a fixed nu
 import asyncio
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+from msgspec import structs
 
 from backends.steps import StepReport
 from proxy.energy.attribution import Attribution, Method
@@ -40,8 +42,9 @@ PROXY = "proxy"
 _RECENT_RECEIPTS = 1_000
 #: No meter has told anything for so long.
 _SILENT = Nanoseconds(5_000_000_000)
-#: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
-_STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
+#: A receipt still provisional after this long is stored as such, so that a crash loses little more than a second of
+#: them. Most settle before: windows of the host wait up to half a second for news of who used it.
+_STORE_PROVISIONAL_AFTER = Nanoseconds(750_000_000)
 
 
 #: What is known of the costs of all backends, or of one, on a device.
@@ -80,7 +83,6 @@ class Ticket:
         "measurable",
         "provisional",
         "request",
-        "stored",
         "tokens",
     )
 
@@ -94,7 +96,6 @@ class Ticket:
         self.measurable = True
         self.provisional: Receipt | None = None
         self.finished_at: Nanoseconds | None = None
-        self.stored = False
 
     @property
     def terms(self) -> Accounting:
@@ -120,6 +121,7 @@ class Ticket:
         self.finished_at = now()
         self._accountant.end(self, outcome)
         self.provisional = self.receipt()
+        self._accountant.has_told(self)
         return self.provisional
 
     def take(self, share: Attribution) -> bool:
@@ -129,11 +131,32 @@ class Ticket:
 
     def receipt(self) -> Receipt:
         shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
-        known, terms = [share for share in shares if share is not None], self.terms
-        devices = {device for share in known for device in share.devices if terms.within(device)}
-        if not self.measurable or self._accountant.has_failed(devices, self.finished_at):
-            known = [replace(share, devices={}) for share in known]
+        known = [share for share in shares if share is not None]
+        terms = self.terms
+        if not self.measurable or self._has_failed(known, terms):
+            known = [structs.replace(share, devices={}) for share in known]
         return receipt(self.request, known, self.tokens, terms)
+
+    def _has_failed(self, shares: Sequence[Attribution], terms: Accounting) -> bool:
+        """Whether a meter that its figures need was not read for so long that they would be false."""
+        if not self._accountant.silent_meters:
+            return False
+        devices = {device for share in shares for device in share.devices if terms.within(device)}
+        return self._accountant.has_failed(devices, self.finished_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """Of some places, which have a meter; and whether all that count have one: the accelerators, if there are any."""
+
+    metered: tuple[str, ...]
+    measurable: bool
+
+    @classmethod
+    def of(cls, places: tuple[str, ...], devices: Mapping[str, Device]) -> "_Survey":
+        accelerators = [place for place in places if place != HOST]
+        measurable = bool(places) and all(place in devices for place in accelerators or places)
+        return cls(tuple(place for place in places if place in devices), measurable)
 
 
 class Accountant:
@@ -160,10 +183,14 @@ class Accountant:
         self._recall = recall
         self._devices: dict[str, Device] = dict(terms.devices)
         self._sampled: dict[str, Nanoseconds] = {}  # by device, when its meter was last read
+        self.silent_meters: frozenset[str] = frozenset()
+        """Those that were not read for so long that the ledger waits for them no more."""
+        self._surveys: dict[tuple[str, ...], _Survey] = {}
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: dict[str, bool] = {}
         self._finished_since: dict[str, bool] = {}
-        self._unsettled: OrderedDict[str, Ticket] = OrderedDict()
+        self._unsettled: dict[str, Ticket] = {}
+        self._told: deque[tuple[Nanoseconds, Ticket]] = deque()
         self._recent: OrderedDict[str, Receipt] = OrderedDict()
         self._waiting: dict[str, list[asyncio.Future[Receipt]]] = {}
         self._proxy_until = now()
@@ -178,7 +205,8 @@ class Accountant:
 
     def begin(self, ticket: Ticket, attempt: str, backend: str) -> None:
         measurable = self._measurable(backend)
-        ticket.measurable = ticket.measurable and measurable
+        if not measurable:
+            ticket.measurable = False
         self._tickets[attempt] = ticket
         self._in_flight[attempt] = measurable
         self._unsettled[ticket.request.id] = ticket
@@ -191,15 +219,21 @@ class Accountant:
 
     def end(self, ticket: Ticket, outcome: Outcome) -> None:
         for attempt in ticket.attempts:
-            if attempt in self._in_flight:
-                self._finished_since[attempt] = self._in_flight.pop(attempt)
+            measurable = self._in_flight.pop(attempt, None)
+            if measurable is not None:
+                self._finished_since[attempt] = measurable
         self.apply(Finish(ticket.attempts[-1], ticket.finished_at or now(), outcome))
+
+    def has_told(self, ticket: Ticket) -> None:
+        """The client has its receipt; as long as that is all there is of it, it may have to be stored so."""
+        self._told.append((ticket.finished_at or now(), ticket))
 
     def share(self, attempt: str) -> Attribution | None:
         return self._ledger.attribution(attempt, now())
 
     def has_failed(self, devices: Collection[str], finished_at: Nanoseconds | None) -> bool:
         """Whether a meter failed before a request's end, for so long that the ledger does not wait for it any more."""
+        devices = self.silent_meters.intersection(devices)
         at = now()
         needed = min(at if finished_at is None else finished_at, Nanoseconds(at - SETTLE_AFTER))
         return any(self._sampled.get(device, 0) < needed for device in devices)
@@ -329,24 +363,34 @@ class Accountant:
     def _measurable(self, backend: str) -> bool:
         """Whether every device that this backend works on has a meter: half a figure would be a false one."""
         places = self._places.get(backend, ())
-        accelerators = [place for place in places if place != HOST]
-        return bool(places) and all(place in self._devices for place in accelerators or places)
+        return self._surveyed(places).measurable
 
     def _metered(self, backend: str, devices: tuple[str, ...]) -> tuple[str, ...]:
         if HOST not in devices and HOST in self._places.get(backend, ()):
             devices = (*devices, HOST)
-        return tuple(device for device in devices if device in self._devices)
+        return self._surveyed(devices).metered
+
+    def _surveyed(self, places: tuple[str, ...]) -> "_Survey":
+        """Kept until there is another device: every request asks."""
+        known = self._surveys.get(places)
+        if known is None:
+            known = self._surveys[places] = _Survey.of(places, self._devices)
+        return known
 
     def _advance(self) -> None:
         """Where no sample tells the ledger the time, the clock does; else it acts on events alone, as a replay does."""
         at = now()
         if at - max(self._sampled.values(), default=Nanoseconds(0)) > _SILENT:
             self._ledger.advance(at)
+        self.silent_meters = frozenset(
+            device for device in self._devices if self._sampled.get(device, 0) < at - SETTLE_AFTER
+        )
 
     def _found(self, device: Device) -> None:
         """A device is there, or is told of anew; at first, what is known of the backends' costs on it goes with it."""
         new = device.device not in self._devices
         self._devices[device.device] = device
+        self._surveys.clear()
         self.terms = replace(self.terms, devices=dict(self._devices))
         self.apply(device)
         if new:
@@ -387,14 +431,13 @@ class Accountant:
                 future.set_result(final)
 
     def _store_the_slow(self) -> None:
+        """Those that take longer to settle are stored as the client was told, in the order they ended."""
         horizon = now() - _STORE_PROVISIONAL_AFTER
-        for ticket in self._unsettled.values():
-            if ticket.finished_at is None or ticket.stored:
-                continue
-            if ticket.finished_at < horizon:
-                ticket.stored = True
+        while self._told and self._told[0][0] < horizon:
+            _, ticket = self._told.popleft()
+            if ticket.provisional is not None and ticket.request.id in self._unsettled:
                 for sink in self._sinks:
-                    sink.still_provisional(ticket.receipt())
+                    sink.still_provisional(ticket.provisional)
 
     def _stop_waiting(self, id: str, future: "asyncio.Future[Receipt]") -> None:
         waiting = self._waiting.get(id)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
+from proxy.energy.backend import Backend
 from proxy.energy.cost_model import CostModels
 from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
@@ -44,6 +45,8 @@ class DeviceBook:
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
+        self.waits_for: Backend | None = None
+        """Whose steps the oldest window waits for, as far as is known."""
         self._registry = registry
         self._backend_names = backend_names  # grows as backends become known
         self._timeline, self._lag = Timeline(), LagEstimate()

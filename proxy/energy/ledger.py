@@ -150,7 +150,7 @@ class Ledger:
         for book in books:
             book.pending_steps.add_batch(step)
         self._note_report(backend, event)
-        self._settle_after_step(backend, event, books)
+        self._settle_after_step(backend, books)
 
     def _alone(self, event: Step) -> None:
         """A step of one participant; one without any has one whose work is unknown."""
@@ -163,7 +163,7 @@ class Ledger:
         for book in books:
             book.pending_steps.add_alone(step)
         self._note_report(backend, event)
-        self._settle_after_step(backend, event, books)
+        self._settle_after_step(backend, books)
 
     def _start(self, event: Start) -> None:
         _check_times(event.at)
@@ -313,7 +313,7 @@ class Ledger:
     # --- settling ---
 
     def _is_ready(self, name: str, book: DeviceBook) -> bool:
-        end = book.windows[0].end
+        end, book.waits_for = book.windows[0].end, None
         if self._now >= end + self._settle_after:
             return True
         users = [
@@ -326,14 +326,19 @@ class Ledger:
         known = book.uses.known_until
         if known is not None and known < end and self._now < end + _PROCESSES_GRACE:
             return False
-        if not self._announced:
-            return all(backend.reported >= end for backend in users)
-        return all(backend.knows_all_until(end, self._now) for backend in users)
+        book.waits_for = next((backend for backend in users if not self._knows(backend, end)), None)
+        return book.waits_for is None
 
-    def _settle_after_step(self, backend: Backend, step: Step, books: list[DeviceBook]) -> None:
-        """A step can only let a window settle that ends before it."""
-        if any(book.windows and book.windows[0].end <= backend.reported for book in books):
-            self._settle_windows()
+    def _knows(self, backend: Backend, end: int) -> bool:
+        """Whether a backend's work is known until then."""
+        return backend.knows_all_until(end, self._now) if self._announced else backend.reported >= end
+
+    def _settle_after_step(self, backend: Backend, books: list[DeviceBook]) -> None:
+        """Settle the windows that waited for this backend's word alone: others need more than a step."""
+        for book in books:
+            if book.waits_for is backend and self._knows(backend, book.windows[0].end):
+                self._settle_windows()
+                return
 
     def _settle_windows(self) -> None:
         progress = False
