@@ -20,6 +20,8 @@ from proxy.routing.registry import ModelPlan, Registry
 log = logging.getLogger("joulegate.fleet")
 
 _LOOK_SECONDS = 0.05
+#: So many starts a backend has before it is said to have failed.
+_STARTS = 2
 #: For requests that are broken off, to notice it.
 _BREAKING_SECONDS = 5.0
 
@@ -191,9 +193,9 @@ class Fleet:
             await asyncio.wait(tasks)
 
     async def _trouble(self, id: str) -> str:
-        """Wait until a backend is ready or has failed; why it has, "" if it has not."""
+        """Wait until a backend is ready or has failed, twice: its port may have been taken. Why it has, "" if not."""
         registry = self._registry
-        await registry.settle([id])
+        await registry.until(lambda: registry.up(id) or registry.has_failed(id, starts=_STARTS))
         if registry.up(id):
             return ""
         await registry.until(lambda: registry.states[id].pid is None)  # only then is it known why

@@ -269,6 +269,11 @@ class Registry:
         state = self._states.get(name)
         return state is None or state.state == "starting"
 
+    def has_failed(self, id: str, *, starts: int) -> bool:
+        """Whether a backend is not ready after so many starts."""
+        state = self._states.get(id)
+        return state is not None and state.restarts >= starts - 1 and not self.loading(id) and not self.up(id)
+
     def up(self, id: str) -> bool:
         """Whether a backend is ready."""
         state = self._states.get(id)
