@@ -15,7 +15,8 @@ message is a tool's result; where a JSON schema is given, the answer is an objec
 And for tests to look inside:
 
 - `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled",
-  "received"}`, the last being how many requests have come in all (health checks and looks inside aside)
+  "received", "connections"}`: how many requests have come in all (health checks and looks inside aside), and how many
+  connections are open
 - `GET /fake/requests`: `[{"method", "path", "headers", "body"}]`, the last 100, header names in lower case
 
 A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=20 die_after=3]]`.
@@ -34,6 +35,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `error_after=N` | an error event and `[DONE]` after N tokens (streams) |
 | `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
+| `gather=N` | nothing is computed before N sequences are there |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
 | `energy_headers` | the answer carries `X-Energy-Joules`, `X-Carbon-Grams` and an `energy` field of its own |
@@ -114,10 +116,14 @@ class Engine:
 
     async def run(self) -> None:
         while True:
-            if not self._batch:
+            while not self._batch or len(self._batch) < self._gathering():
                 self._arrival.clear()
                 await self._arrival.wait()
             await self._step(list(self._batch))
+
+    def _gathering(self) -> float:
+        """How many sequences those want beside them that have not begun."""
+        return max((new.commands.get("gather", 0) for new in self._batch if new.done == 0), default=0)
 
     async def _step(self, batch: list[Sequence]) -> None:
         work = [sequence.prompt if sequence.done == 0 else sequence.work or 1 for sequence in batch]
@@ -241,6 +247,7 @@ class Server:
         self._model = model
         self._seen: deque[Json] = deque(maxlen=100)
         self._received = 0
+        self._connections = 0
         self._stored: dict[str, Json] = {}
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
@@ -264,10 +271,14 @@ class Server:
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, Cut):
-            while request := await read_request(reader):
-                await self._watched(reader, self._answer(request, writer))
-        writer.close()
+        self._connections += 1
+        try:
+            with contextlib.suppress(ConnectionError, Cut):
+                while request := await read_request(reader):
+                    await self._watched(reader, self._answer(request, writer))
+        finally:
+            self._connections -= 1
+            writer.close()
 
     async def _watched(self, reader: asyncio.StreamReader, handling: Coroutine[None, None, None]) -> None:
         """Handle a request, but stop at once when its client hangs up."""
@@ -330,7 +341,8 @@ class Server:
     async def _truth(self, request: Request, answer: Answer, commands: Commands) -> None:
         engine = self._engine
         truth = {"steps": engine.steps, "requests": engine.truth}
-        counts = {"active": engine.active, "cancelled": engine.cancelled, "received": self._received}
+        counts = {"active": engine.active, "cancelled": engine.cancelled}
+        counts |= {"received": self._received, "connections": self._connections}
         await answer.whole(200, {**truth, **counts})
 
     async def _requests(self, request: Request, answer: Answer, commands: Commands) -> None:
