@@ -8,10 +8,11 @@ joins one batch; a step computes the whole prompt of a new sequence or one token
 A word of the prompt is a token; usage is exact, and a sequence's tokens over its steps are prompt + completion - 1.
 
 Served: `/health`, `/v1/models`, `/v1/chat/completions` and `/v1/completions` (streamed or not, `n`, `max_tokens`,
-`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify` (several inputs), `/tokenize`,
-`/v1/images/generations` (`n`, `size`, `num_inference_steps`; streamed or not), `/v1/images/edits`, `/v1/audio/*`,
-`/v1/messages` and `count_tokens`, `/v1/responses` (kept, and fetched by id). Tools are called with `{}`, until the last
-message is a tool's result; where a JSON schema is given, the answer is an object of its names.
+`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify`, `/pooling` (several inputs), `/score`,
+`/rerank`, `/v1/rerank`, `/tokenize`, `/detokenize`, `/v1/images/generations` (`n`, `size`, `num_inference_steps`;
+streamed or not), `/v1/images/edits`, `/v1/audio/*`, `/v1/messages` and `count_tokens`, `/v1/responses` (kept, and
+fetched by id). Tools are called with `{}`, until the last message is a tool's result; where a JSON schema is given, the
+answer is an object of its names.
 And for tests to look inside:
 
 - `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled",
@@ -257,7 +258,12 @@ class Server:
             "/v1/embeddings": self._embeddings,
             "/classify": self._classify,
             "/v1/classify": self._classify,
+            "/pooling": self._pooling,
+            "/score": self._score,
+            "/rerank": self._rerank,
+            "/v1/rerank": self._rerank,
             "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
             "/v1/images/generations": self._images,
             "/v1/images/edits": self._edits,
             "/v1/audio/transcriptions": self._transcription,
@@ -352,6 +358,9 @@ class Server:
         count = words(request.json.get("prompt") or request.json.get("messages"))
         await answer.whole(200, {"count": count, "max_model_len": 4096, "tokens": list(range(count))})
 
+    async def _detokenize(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await answer.whole(200, {"prompt": " ".join(f"wört{token}" for token in request.json["tokens"])})
+
     async def _chat(self, request: Request, answer: Answer, commands: Commands) -> None:
         messages = request.json.get("messages")
         if not isinstance(messages, list):
@@ -379,6 +388,32 @@ class Server:
         data = [{"object": "embedding", "index": at, "embedding": vector} for at in range(len(inputs))]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pooling(self, request: Request, answer: Answer, commands: Commands) -> None:
+        inputs, tokens = await self._forward(request, commands, "pooling")
+        data = [{"index": at, "object": "pooling", "data": [0.6, 0.8]} for at in range(len(inputs))]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pairs(self, request: Request, commands: Commands, one: object, others: object) -> tuple[int, Json]:
+        """One forward pass over each pair: how many there are, and the usage."""
+        texts = others if isinstance(others, list) else [others]
+        prompts = [words([one, text]) for text in texts]
+        sequences = [Sequence(our_id(request, "score"), prompt, 1, commands) for prompt in prompts]
+        await asyncio.gather(*(drained(self._engine.generate(sequence)) for sequence in sequences))
+        return len(texts), {"prompt_tokens": sum(prompts), "total_tokens": sum(prompts)}
+
+    async def _score(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["text_1"], body["text_2"])
+        data = [{"index": at, "object": "score", "score": 0.5} for at in range(count)]
+        await answer.whole(200, {"object": "list", "model": body["model"], "data": data, "usage": usage})
+
+    async def _rerank(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["query"], body["documents"])
+        results = [{"index": at, "relevance_score": 0.5} for at in range(count)]
+        await answer.whole(200, {"id": "rerank-1", "model": body["model"], "results": results, "usage": usage})
 
     async def _classify(self, request: Request, answer: Answer, commands: Commands) -> None:
         inputs, tokens = await self._forward(request, commands, "classify")

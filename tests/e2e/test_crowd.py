@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from tests.e2e.harness import MODELS, Proxy, running, until
@@ -50,15 +49,10 @@ def crowd(proxy: Proxy, size: int) -> dict[str, Any]:
     return found
 
 
-def truth(proxy: Proxy) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{proxy.node.registry.states['chat'].url}/fake/truth").json()
-    return found
-
-
 def held(proxy: Proxy) -> dict[str, int]:
     """What a leak would add to: files of this process, tasks of the proxy, connections of the backend."""
     tasks = proxy.on_loop(lambda: len(asyncio.all_tasks()))
-    return {"files": len(os.listdir("/proc/self/fd")), "tasks": tasks, "connections": truth(proxy)["connections"]}
+    return {"files": len(os.listdir("/proc/self/fd")), "tasks": tasks, "connections": proxy.truth()["connections"]}
 
 
 def objects() -> Counter[str]:
@@ -82,16 +76,16 @@ def test_a_thousand_streams_a_third_cut_leave_nothing_behind(tmp_path: Path, man
     with running(tmp_path, models=MODELS[:1]) as proxy:
         crowd(proxy, 20)  # what is made once is made
         until(proxy.settled)
-        until(lambda: truth(proxy)["connections"] <= _BESIDES)  # the idle ones are closed
+        until(lambda: proxy.truth()["connections"] <= _BESIDES)  # the idle ones are closed
         before, before_objects = held(proxy), objects()
-        started = truth(proxy)["cancelled"]
+        started = proxy.truth()["cancelled"]
 
         seen = crowd(proxy, STREAMS)
 
         assert len(seen) == STREAMS
         assert sum(comment is None for comment in seen.values()) == CUT
-        until(lambda: truth(proxy)["active"] == 0)
-        assert truth(proxy)["cancelled"] == started + CUT
+        until(lambda: proxy.truth()["active"] == 0)
+        assert proxy.truth()["cancelled"] == started + CUT
         until(proxy.settled)
         until(lambda: all(now <= before[what] + _BESIDES for what, now in held(proxy).items()), 30)
         grown = objects() - before_objects
