@@ -53,10 +53,14 @@ class Edge:
         """`pipeline_of` is what answers `/models/{model}` for a model of this name."""
         self._pages = pages
         self._relays = relays
+        self._pipeline_of = pipeline_of
+        self.go_by(authenticator, allowed_hosts, origins)
+
+    def go_by(self, authenticator: Authenticator, allowed_hosts: Sequence[str], origins: Sequence[str]) -> None:
+        """Admit requests by these from now on, on connections that are there already too."""
         self._authenticator = authenticator
         self._hosts = frozenset(name.lower() for name in ("localhost", socket.gethostname(), *allowed_hosts))
         self._origins = frozenset(origins)
-        self._pipeline_of = pipeline_of
         self._known_hosts: set[bytes] = set()
 
     def find(self, url: bytes) -> tuple[Relay, str | None] | None:

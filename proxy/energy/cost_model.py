@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
-from proxy.energy.intervals import split_error
+from proxy.energy.intervals import TAIL_ERROR, Tail, split_error
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
-from proxy.energy.step_model import DURATION, ENERGY, StepModel
+from proxy.energy.step_model import DURATION, ENERGY, PriceOfOne, StepModel
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
@@ -59,6 +59,8 @@ class CostModels:
         self.window_error = 0.3
         self.version = 0
         """Prices of one version are the same."""
+        self._prices: dict[int, PriceOfOne | None] = {}
+        self._prices_version = 0
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
@@ -102,12 +104,29 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
-    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
-        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
-        model = self._models.get(step.backend)
-        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
-            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
-        return step.repeat * model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+    def tail(self, backend: int, energy: float, idle_watts: float | None) -> Tail:
+        """How sure a prediction of so many microjoules for a backend's steps is."""
+        ratio = TAIL_ERROR
+        return Tail(energy, ratio * energy, ratio * energy)
+
+    def tail_alone(self, step: Alone, timed: float, idle_watts: float | None) -> Tail:
+        """The prediction for one step of one participant, cheaply. A backend not fitted yet is priced by time."""
+        backend, started, ended, repeat, _, tokens, context = step
+        price = None if timed > 0 else self._price_of_one(backend)
+        if price is None:
+            return self.tail(
+                backend, (timed or 1.0) * self.busy_watts(idle_watts) * (ended - started) / 1e3, idle_watts
+            )
+        return self.tail(backend, repeat * price.joules(tokens, context) * 1e6, idle_watts)
+
+    def _price_of_one(self, backend: int) -> PriceOfOne | None:
+        """Kept until prices change; None for a backend that no window has taught anything yet."""
+        if self._prices_version != self.version:
+            self._prices, self._prices_version = {}, self.version
+        if backend not in self._prices:
+            fitted = self._fit is not None and backend in self._order
+            self._prices[backend] = self._models[backend].price_of_one(self._fitted(backend)) if fitted else None
+        return self._prices[backend]
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None
@@ -196,6 +215,7 @@ class CostModels:
             self._fit = OnlineFit(model.energy, np.ones(_SIZE), _HORIZON)
         else:
             self._fit.widen(model.energy, np.ones(_SIZE))
+        self.version += 1
 
     def _structure(self) -> Structure:
         """All backends' structures beside each other."""

@@ -28,6 +28,8 @@ REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
+_TOKENS = ("prompt", "completion", "cached")
+
 
 @dataclass(frozen=True, slots=True)
 class _Energy:
@@ -49,10 +51,19 @@ class Metrics:
 
     def __init__(self, models: Iterable[str]) -> None:
         self._registry = CollectorRegistry()
-        self._models = {name: name for name in models}
+        self._models = {UNKNOWN: UNKNOWN}
         self._declare_requests()
         self._declare_energy()
+        self.know(models)
         ProcessCollector(registry=self._registry)
+
+    def know(self, models: Iterable[str]) -> None:
+        """These models are configured now. Earlier ones stay known: their last receipts may be yet to settle."""
+        for name in (*models, UNKNOWN):
+            self._models[name] = name
+            self._first_token[name] = self._all_first_tokens.labels(name)
+            self._tokens[name] = tuple(self._all_tokens.labels(name, kind) for kind in _TOKENS)
+            self._in_flight[name] = self._all_in_flight.labels(name)
 
     def watch(self, snapshot: Callable[[], OperationsSnapshot]) -> None:
         """Read the metrics of devices, meters, backends and the grid off this from now on."""
@@ -111,7 +122,6 @@ class Metrics:
     # within
 
     def _declare_requests(self) -> None:
-        known = [*self._models, UNKNOWN]
         self._requests = Sums("joulegate_requests", "Requests that ended.", ("model", "endpoint", "code"))
         self._duration = Distributions(
             "joulegate_request_duration_seconds",
@@ -120,24 +130,23 @@ class Metrics:
             REQUEST_SECONDS,
         )
         self._finished: dict[tuple[str, str, int], tuple[Sum, Distribution]] = {}
-        first_token = Distributions(
+        self._all_first_tokens = Distributions(
             "joulegate_time_to_first_token_seconds",
             "From the request's arrival to its stream's first token.",
             ("model",),
             FIRST_TOKEN_SECONDS,
         )
-        self._first_token = {name: first_token.labels(name) for name in known}
-        all_tokens = Sums("joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"))
-        kinds = ("prompt", "completion", "cached")
-        self._tokens = {name: tuple(all_tokens.labels(name, kind) for kind in kinds) for name in known}
-        in_flight = Sums("joulegate_requests_in_flight", "Requests under way.", ("model",), gauge=True)
-        self._in_flight = {name: in_flight.labels(name) for name in known}
+        self._first_token: dict[str, Distribution] = {}
+        self._all_tokens = Sums("joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"))
+        self._tokens: dict[str, tuple[Sum, ...]] = {}
+        self._all_in_flight = Sums("joulegate_requests_in_flight", "Requests under way.", ("model",), gauge=True)
+        self._in_flight: dict[str, Sum] = {}
         families: list[Sums | Distributions] = [
             self._requests,
             self._duration,
-            first_token,
-            all_tokens,
-            in_flight,
+            self._all_first_tokens,
+            self._all_tokens,
+            self._all_in_flight,
         ]
         self._registry.register(TalliesCollector(families))
 

@@ -16,7 +16,7 @@ from proxy.api.receipts import encode_receipt, receipt_headers, stream_head_head
 from proxy.energy.events import Outcome
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.receipt import Receipt, Request, Tokens
-from proxy.errors import ApiError, TimedOut, Unavailable, UpstreamFailed
+from proxy.errors import ApiError, NotFound, TimedOut, Unavailable, UpstreamFailed
 from proxy.relay import refusals, splice, sse
 from proxy.relay.call import Call, upstream_body
 from proxy.relay.dialects import RESPONSES, Timings, read_json_answer
@@ -179,7 +179,8 @@ class Exchange:
     async def _another(self, failure: Failure, elapsed: float) -> Lease | None:
         """A replica for another attempt, after a pause; None if there is to be none."""
         registry = self._services.registry
-        elsewhere = any(registry.up(id) and id not in self._tried for id in registry.models[self._model].backends)
+        model = registry.find(self._model)
+        elsewhere = model is not None and any(registry.up(id) and id not in self._tried for id in model.backends)
         pause = _RETRIES.wait(
             len(self._tried),
             elapsed,
@@ -194,7 +195,7 @@ class Exchange:
         await asyncio.sleep(pause)
         try:
             return self._lease()
-        except Unavailable:
+        except (NotFound, Unavailable):
             return None
 
     async def _attempt(self, lease: Lease) -> Failure | None:
@@ -328,16 +329,17 @@ class Exchange:
 
     def _stream_head(self) -> Lines:
         """What can be said before the energy is known: where its figures will come from."""
-        accountant, model = self._services.accountant, self._services.registry.models[self._model]
-        backend = model.backends[0] if self._route is None else self._route.backend
-        reports = model.reports_steps[backend] if self._route is None else self._route.reports_steps
-        expected = accountant.expectation(backend, reports_steps=reports)
+        registry, terms, route = self._services.registry, self._ticket.terms, self._route
+        model = registry.find(self._model) if route is None else None
+        backend = route.backend if route is not None else model.backends[0] if model is not None else ""
+        reports = route.reports_steps if route is not None else registry.reports_steps(backend)
+        expected = self._services.accountant.expectation(backend, terms, reports_steps=reports)
         return stream_head_headers(
             self._reply.id,
             method=expected.method,
             meter=expected.meter,
-            boundary=accountant.terms.boundary,
-            intensity=accountant.terms.intensity,
+            boundary=terms.boundary,
+            intensity=terms.intensity,
         )
 
     def _close_stream(self, error: ApiError | None) -> None:

@@ -18,11 +18,15 @@ class Watched(Protocol):
 
 
 class Watch:
-    """Looks at those under way, so often that the `shortest` time-out is kept to a twentieth (or a quarter second)."""
+    """Looks at those under way."""
 
-    def __init__(self, shortest: float) -> None:
-        self._every = min(max(shortest / 20, _LEAST_SECONDS), _MOST_SECONDS)
+    def __init__(self) -> None:
+        self._every = _MOST_SECONDS
         self.under_way: set[Watched] = set()
+
+    def keep_to(self, shortest: float) -> None:
+        """From now on look so often that the `shortest` time-out is kept to a twentieth (or a quarter second)."""
+        self._every = min(max(shortest / 20, _LEAST_SECONDS), _MOST_SECONDS)
 
     async def run(self) -> None:
         while True:

@@ -49,10 +49,20 @@ class Admission(Generic[Who]):
     def leave(self, seconds: float) -> Who | None:
         """One is done, after so many seconds in flight; the one that takes its place, if somebody waits."""
         self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-        if self._waiting:
-            return self._waiting.popitem(last=False)[0]
         self.in_flight -= 1
-        return None
+        return self._next()
+
+    def limit(self, max_in_flight: int | None, max_queue: int) -> list[Who]:
+        """Other limits from now on; those who need not wait any longer. Nobody is sent away who is in already."""
+        self._max_in_flight, self._max_queue = max_in_flight, max_queue
+        return list(iter(self._next, None))
+
+    def _next(self) -> Who | None:
+        """The first who waits, if there is room."""
+        if not self._waiting or not self.has_room:
+            return None
+        self.in_flight += 1
+        return self._waiting.popitem(last=False)[0]
 
     def give_up(self, who: Who) -> None:
         """One does not wait any longer."""
@@ -75,6 +85,16 @@ class Gate:
     @property
     def waiting(self) -> int:
         return self._admission.waiting
+
+    @property
+    def inside(self) -> int:
+        """Those in flight and those who wait."""
+        return self._admission.in_flight + self._admission.waiting
+
+    def limit(self, max_in_flight: int | None, max_queue: int) -> None:
+        """Other limits, for those who wait as well."""
+        for turn in self._admission.limit(max_in_flight, max_queue):
+            turn.set_result(None)
 
     def enter_at_once(self) -> float | None:
         """The time of entry, if one need not wait."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,13 +153,20 @@ def running(
     record: Path | None = None,
     kinds: Callable[[str], BackendKind] = stand_ins,
     wait: bool = True,
+    after_reload: list[dict[str, Any]] | None = None,
     **config: Mapping[str, Any],
 ) -> Iterator[Proxy]:
-    """Run a proxy with stand-in backends; the law is checked when it ends."""
+    """Run a proxy with stand-in backends; the law is checked when it ends. `after_reload`: its models from then on."""
     document = {"models": models or MODELS, "store": {"url": f"sqlite:///{tmp_path}/receipts.db"}, **config}
     found = [SteadyMeter(), SteadyMeter("host", 50.0, kind="rapl")] if meters is None else meters
     recorder = Recorder(record) if record else None
-    node = Node(parse(document, source="test"), recorder=recorder, kinds=kinds, discovery=Discovery(found, []))
+    node = Node(
+        parse(document, source="test"),
+        reread=partial(parse, document | {"models": after_reload}, source="test"),
+        recorder=recorder,
+        kinds=kinds,
+        discovery=Discovery(found, []),
+    )
     with (
         socket.create_server(("127.0.0.1", 0)) as listening,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

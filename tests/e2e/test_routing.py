@@ -1,12 +1,14 @@
 """Several replicas of a model, and what happens when they fail, are full, or the proxy is to end."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -167,6 +169,46 @@ def test_a_backend_that_does_not_begin_to_answer_in_time_is_504(tmp_path: Path) 
         assert answer.json()["error"]["code"] == "timeout"
         assert proxy.receipt(answer.headers["X-Request-Id"])["outcome"] == "failed"
         assert ask(proxy, "hi").status_code == 200
+
+
+def test_a_backend_that_takes_no_connection_in_time_is_503(tmp_path: Path) -> None:
+    with deaf() as (url, go_deaf):
+        models = [{"name": "chat", "backend": {"kind": "remote", "url": url}}]
+        with running(tmp_path, models=models, server={"timeouts": {"connect": 0.2}}) as proxy:
+            go_deaf()
+            answer = ask(proxy, "hi")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")
+
+
+@contextmanager
+def deaf() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A server with a healthy /health, until it does not even take connections any more."""
+    listening, heard, held = socket.create_server(("127.0.0.1", 0), backlog=0), threading.Event(), list[socket.socket]()
+    listening.settimeout(0.05)
+
+    def serve() -> None:
+        while not heard.is_set():
+            with contextlib.suppress(TimeoutError), listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    def go_deaf() -> None:
+        heard.set()
+        serving.join()
+        for _ in range(3):  # they fill its backlog; the system drops whoever else knocks
+            held.append(socket.socket())
+            held[-1].setblocking(False)
+            held[-1].connect_ex(listening.getsockname())
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", go_deaf
+    finally:
+        heard.set()
+        serving.join()
+        for connection in (*held, listening):
+            connection.close()
 
 
 def test_a_stream_longer_than_the_total_time_ends_with_an_error_event_and_its_energy(tmp_path: Path) -> None:

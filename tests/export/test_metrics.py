@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.energy.attribution import DeviceBalance
@@ -82,10 +83,8 @@ def test_what_was_not_measured_moves_nothing(metrics: Metrics) -> None:
 def test_ratios_of_nothing_are_not_observed(metrics: Metrics) -> None:
     base = receipt("a")
     assert base.figures is not None
-    nothing = dataclasses.replace(base.figures.parts, gpu=Microjoules(0), host=Microjoules(0))
-    empty = dataclasses.replace(
-        base, figures=dataclasses.replace(base.figures, parts=nothing), tokens=Tokens(completion=0)
-    )
+    nothing = structs.replace(base.figures.parts, gpu=Microjoules(0), host=Microjoules(0))
+    empty = structs.replace(base, figures=structs.replace(base.figures, parts=nothing), tokens=Tokens(completion=0))
     metrics.receipt_settled(empty, Microjoules(5))
     assert value(metrics, "joulegate_request_energy_joules_count", model="chat") == 1
     for name in ("interval_ratio", "provisional_error_ratio", "output_token_energy_joules"):
