@@ -8,14 +8,16 @@ joins one batch; a step computes the whole prompt of a new sequence or one token
 A word of the prompt is a token; usage is exact, and a sequence's tokens over its steps are prompt + completion - 1.
 
 Served: `/health`, `/v1/models`, `/v1/chat/completions` and `/v1/completions` (streamed or not, `n`, `max_tokens`,
-`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify` (several inputs), `/tokenize`,
-`/v1/images/generations` (`n`, `size`, `num_inference_steps`; streamed or not), `/v1/images/edits`, `/v1/audio/*`,
-`/v1/messages` and `count_tokens`, `/v1/responses` (kept, and fetched by id). Tools are called with `{}`, until the last
-message is a tool's result; where a JSON schema is given, the answer is an object of its names.
+`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify`, `/pooling` (several inputs), `/score`,
+`/rerank`, `/v1/rerank`, `/tokenize`, `/detokenize`, `/v1/images/generations` (`n`, `size`, `num_inference_steps`;
+streamed or not), `/v1/images/edits`, `/v1/audio/*`, `/v1/messages` and `count_tokens`, `/v1/responses` (kept, and
+fetched by id). Tools are called with `{}`, until the last message is a tool's result; where a JSON schema is given, the
+answer is an object of its names.
 And for tests to look inside:
 
 - `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled",
-  "received"}`, the last being how many requests have come in all (health checks and looks inside aside)
+  "received", "connections"}`: how many requests have come in all (health checks and looks inside aside), and how many
+  connections are open
 - `GET /fake/requests`: `[{"method", "path", "headers", "body"}]`, the last 100, header names in lower case
 
 A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=20 die_after=3]]`.
@@ -34,6 +36,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `error_after=N` | an error event and `[DONE]` after N tokens (streams) |
 | `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
+| `gather=N` | nothing is computed before N sequences are there |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
 | `energy_headers` | the answer carries `X-Energy-Joules`, `X-Carbon-Grams` and an `energy` field of its own |
@@ -114,10 +117,14 @@ class Engine:
 
     async def run(self) -> None:
         while True:
-            if not self._batch:
+            while not self._batch or len(self._batch) < self._gathering():
                 self._arrival.clear()
                 await self._arrival.wait()
             await self._step(list(self._batch))
+
+    def _gathering(self) -> float:
+        """How many sequences those want beside them that have not begun."""
+        return max((new.commands.get("gather", 0) for new in self._batch if new.done == 0), default=0)
 
     async def _step(self, batch: list[Sequence]) -> None:
         work = [sequence.prompt if sequence.done == 0 else sequence.work or 1 for sequence in batch]
@@ -241,6 +248,7 @@ class Server:
         self._model = model
         self._seen: deque[Json] = deque(maxlen=100)
         self._received = 0
+        self._connections = 0
         self._stored: dict[str, Json] = {}
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
@@ -250,7 +258,12 @@ class Server:
             "/v1/embeddings": self._embeddings,
             "/classify": self._classify,
             "/v1/classify": self._classify,
+            "/pooling": self._pooling,
+            "/score": self._score,
+            "/rerank": self._rerank,
+            "/v1/rerank": self._rerank,
             "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
             "/v1/images/generations": self._images,
             "/v1/images/edits": self._edits,
             "/v1/audio/transcriptions": self._transcription,
@@ -264,10 +277,14 @@ class Server:
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, Cut):
-            while request := await read_request(reader):
-                await self._watched(reader, self._answer(request, writer))
-        writer.close()
+        self._connections += 1
+        try:
+            with contextlib.suppress(ConnectionError, Cut):
+                while request := await read_request(reader):
+                    await self._watched(reader, self._answer(request, writer))
+        finally:
+            self._connections -= 1
+            writer.close()
 
     async def _watched(self, reader: asyncio.StreamReader, handling: Coroutine[None, None, None]) -> None:
         """Handle a request, but stop at once when its client hangs up."""
@@ -330,7 +347,8 @@ class Server:
     async def _truth(self, request: Request, answer: Answer, commands: Commands) -> None:
         engine = self._engine
         truth = {"steps": engine.steps, "requests": engine.truth}
-        counts = {"active": engine.active, "cancelled": engine.cancelled, "received": self._received}
+        counts = {"active": engine.active, "cancelled": engine.cancelled}
+        counts |= {"received": self._received, "connections": self._connections}
         await answer.whole(200, {**truth, **counts})
 
     async def _requests(self, request: Request, answer: Answer, commands: Commands) -> None:
@@ -339,6 +357,9 @@ class Server:
     async def _tokenize(self, request: Request, answer: Answer, commands: Commands) -> None:
         count = words(request.json.get("prompt") or request.json.get("messages"))
         await answer.whole(200, {"count": count, "max_model_len": 4096, "tokens": list(range(count))})
+
+    async def _detokenize(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await answer.whole(200, {"prompt": " ".join(f"wört{token}" for token in request.json["tokens"])})
 
     async def _chat(self, request: Request, answer: Answer, commands: Commands) -> None:
         messages = request.json.get("messages")
@@ -367,6 +388,32 @@ class Server:
         data = [{"object": "embedding", "index": at, "embedding": vector} for at in range(len(inputs))]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pooling(self, request: Request, answer: Answer, commands: Commands) -> None:
+        inputs, tokens = await self._forward(request, commands, "pooling")
+        data = [{"index": at, "object": "pooling", "data": [0.6, 0.8]} for at in range(len(inputs))]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pairs(self, request: Request, commands: Commands, one: object, others: object) -> tuple[int, Json]:
+        """One forward pass over each pair: how many there are, and the usage."""
+        texts = others if isinstance(others, list) else [others]
+        prompts = [words([one, text]) for text in texts]
+        sequences = [Sequence(our_id(request, "score"), prompt, 1, commands) for prompt in prompts]
+        await asyncio.gather(*(drained(self._engine.generate(sequence)) for sequence in sequences))
+        return len(texts), {"prompt_tokens": sum(prompts), "total_tokens": sum(prompts)}
+
+    async def _score(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["text_1"], body["text_2"])
+        data = [{"index": at, "object": "score", "score": 0.5} for at in range(count)]
+        await answer.whole(200, {"object": "list", "model": body["model"], "data": data, "usage": usage})
+
+    async def _rerank(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["query"], body["documents"])
+        results = [{"index": at, "relevance_score": 0.5} for at in range(count)]
+        await answer.whole(200, {"id": "rerank-1", "model": body["model"], "results": results, "usage": usage})
 
     async def _classify(self, request: Request, answer: Answer, commands: Commands) -> None:
         inputs, tokens = await self._forward(request, commands, "classify")

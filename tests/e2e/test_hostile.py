@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import httpx
 import pytest
 
 from proxy.api.protocol import HEAD_BYTES, Protocol
@@ -40,13 +39,6 @@ HIDDEN = post()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
-def received(proxy: Proxy) -> int:
-    """How many requests the chat model's backend has ever received."""
-    truth = httpx.get(f"{proxy.node.registry.states['chat'].url}/fake/truth").json()
-    found: int = truth["received"]
-    return found
-
-
 def conversation(proxy: Proxy, *pieces: bytes) -> list[tuple[int, bytes]]:
     """What the proxy answers to these bytes until it hangs up: the status and body of each answer."""
     got = b""
@@ -74,7 +66,7 @@ def answers(got: bytes) -> Iterator[tuple[int, bytes]]:
 @pytest.fixture
 def refused(proxy: Proxy) -> Iterator[Callable[..., None]]:
     """Send bytes that must be refused; afterwards no backend has heard of them and all is well."""
-    before = received(proxy)
+    before = proxy.truth()["received"]
 
     def send(*pieces: bytes, then: bytes = HEALTH, status: int | None = None) -> None:
         first, *others = conversation(proxy, *pieces, then) or [(400, b"")]
@@ -84,10 +76,10 @@ def refused(proxy: Proxy) -> Iterator[Callable[..., None]]:
         assert others in ([], [(200, b'{"status":"ok"}')]), others
 
     yield send
-    assert received(proxy) == before
+    assert proxy.truth()["received"] == before
     served = conversation(proxy, post(HEADERS + LENGTH + b"Connection: close\r\n"))
     assert [status for status, _ in served] == [200]
-    assert received(proxy) == before + 1
+    assert proxy.truth()["received"] == before + 1
 
 
 def chunked(body: bytes) -> bytes:
@@ -300,7 +292,7 @@ HONEST = {
 @pytest.mark.parametrize("size", [1 << 20, 7], ids=["whole", "in pieces"])
 @each(HONEST)
 def test_what_is_unusual_but_right_is_served(proxy: Proxy, case: bytes, size: int) -> None:
-    before = received(proxy)
+    before = proxy.truth()["received"]
     with connected(proxy) as connection:
         for at in range(0, len(case), size):
             connection.sendall(case[at : at + size])
@@ -311,7 +303,7 @@ def test_what_is_unusual_but_right_is_served(proxy: Proxy, case: bytes, size: in
             assert data, got
             got += data
     assert got.startswith(b"HTTP/1.1 200 "), got
-    assert received(proxy) == before + 1
+    assert proxy.truth()["received"] == before + 1
 
 
 def test_an_upgrade_without_a_body_is_answered_as_if_none_were_wished(proxy: Proxy) -> None:
@@ -362,10 +354,10 @@ FLOODS = {
 
 @pytest.mark.parametrize(("head", "piece"), FLOODS.values(), ids=FLOODS)
 def test_what_goes_on_without_end_beside_the_body_is_cut_short(proxy: Proxy, head: bytes, piece: bytes) -> None:
-    before = received(proxy)
+    before = proxy.truth()["received"]
     for status, _ in endless(proxy, head, piece, 20 * HEAD_BYTES):
         assert status in {400, 431}
-    assert received(proxy) == before
+    assert proxy.truth()["received"] == before
     assert proxy.client.get("/health").status_code == 200
     until(proxy.settled)
 
@@ -382,11 +374,11 @@ def test_a_body_without_end_is_answered_and_hung_up(
     framing: bytes,
 ) -> None:
     monkeypatch.setattr(Protocol, "linger_seconds", 0.3)
-    before = received(small)
+    before = small.truth()["received"]
     piece = b"400\r\n%b\r\n" % (b"x" * 1024) if framing is CHUNKED else b"x" * 1024
     got = endless(small, post(HEADERS + framing, b"", path=path), piece, 64 << 20)
     assert [code for code, _ in got] in ([], [status])
-    assert received(small) == before
+    assert small.truth()["received"] == before
     assert small.post("/v1/chat/completions", json.loads(BODY)).status_code == 200
 
 
@@ -406,7 +398,7 @@ def test_a_body_over_the_limit_is_told_so_before_it_is_sent(small: Proxy) -> Non
 def test_a_body_that_trickles_is_408(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Protocol, "body_seconds", 0.3)
     monkeypatch.setattr(Protocol, "linger_seconds", 0.3)
-    before = received(proxy)
+    before = proxy.truth()["received"]
     got = b""
     with connected(proxy) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(post(body=b""))
@@ -416,7 +408,7 @@ def test_a_body_that_trickles_is_408(proxy: Proxy, monkeypatch: pytest.MonkeyPat
         while data := connection.recv(65536):
             got += data
     assert [status for status, _ in answers(got)] in ([], [408])
-    assert received(proxy) == before
+    assert proxy.truth()["received"] == before
 
 
 def test_many_slow_clients_keep_nobody_out(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
