@@ -1,9 +1,7 @@
 """A real vLLM behind the real proxy: who was in every step, and what became of the energy."""
 
-import json
 import os
 import signal
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,55 +10,22 @@ import openai
 import pytest
 
 from tests.e2e.harness import energy_comment, events, until
-from tests.engines.conftest import STARTUP_SECONDS, Engines
+from tests.engines.engines import STARTUP_SECONDS, Engines, expected_tokens
 
 pytestmark = pytest.mark.engines
 
 HELLO = [{"role": "user", "content": "hello there, my friend"}]
 
 
-def steps_of(engines: Engines, id: str) -> list[dict[str, Any]]:
-    """A request's entries in the engines' recorded steps, in order; the proxy's own time on the host is none."""
-    lines = engines.trace.read_text().splitlines()
-    steps = [json.loads(line) for line in lines if '"step"' in line and id in line]
-    return [work for step in steps if step["backend"] != "proxy" for work in step["work"] if work["request"] == id]
-
-
-def computed(engines: Engines, id: str, at_least: int) -> int:
-    """The tokens the engine says it computed for a request, once they are all there."""
-
-    def tokens() -> int:
-        return sum(int(work["tokens"]) for work in steps_of(engines, id))
-
-    until(lambda: tokens() >= at_least)
-    return tokens()
-
-
-def settled(engines: Engines, answer: httpx.Response) -> dict[str, Any]:
-    assert answer.status_code == 200, answer.text
-    return until_settled(engines, answer.headers["X-Request-Id"])
-
-
-def until_settled(engines: Engines, id: str) -> dict[str, Any]:
-    found: dict[str, Any] = until(lambda: _if_settled(engines.proxy.receipt(id)), 60)
-    return found
-
-
-def _if_settled(receipt: dict[str, Any]) -> dict[str, Any] | None:
-    return receipt if receipt["status"] == "settled" else None
-
-
-def expected_tokens(usage: Mapping[str, Any], sequences: int = 1) -> int:
-    """What a request computes: each sequence its prompt, and all tokens of its answer but the last.
-
-    vLLM counts the prompt of `n` sequences once, though it computes it `n` times (unless it was cached).
-    """
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return int((usage["prompt_tokens"] - cached) * sequences + usage.get("completion_tokens", 0) - sequences)
-
-
 def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "llama", "messages": HELLO, "max_tokens": 12, "ignore_eos": True, **fields}
+
+
+def under_way(engines: Engines, answer: httpx.Response) -> str:
+    """The id of a streamed answer, once the engine works on it: a busy vLLM may hold its first words back for long."""
+    id: str = answer.headers["X-Request-Id"]
+    until(lambda: engines.steps_of(id))
+    return id
 
 
 def test_the_steps_of_concurrent_requests_say_exactly_what_usage_says(engines: Engines) -> None:
@@ -76,11 +41,11 @@ def test_the_steps_of_concurrent_requests_say_exactly_what_usage_says(engines: E
     with ThreadPoolExecutor(8) as pool:
         asked = list(pool.map(ask, range(12)))
     for id, usage in asked:
-        assert computed(engines, id, expected_tokens(usage)) == expected_tokens(usage)
-        contexts = [work["context"] for work in steps_of(engines, id)]
+        assert engines.computed(id, expected_tokens(usage)) == expected_tokens(usage)
+        contexts = [work["context"] for work in engines.steps_of(id)]
         assert contexts == sorted(contexts)
         assert contexts[-1] == usage["total_tokens"] - 1
-        receipt = until_settled(engines, id)
+        receipt = engines.until_settled(id)
         assert receipt["method"] == "measured-steps"
         assert receipt["energy_joules"] > 0
 
@@ -94,19 +59,19 @@ def test_a_prompt_that_is_cached_is_not_work(engines: Engines) -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] > 0
     for answer in (first, second):
         expected = expected_tokens(answer.json()["usage"])
-        assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
+        assert engines.computed(answer.headers["X-Request-Id"], expected) == expected
 
 
 def test_several_sequences_and_several_prompts_belong_to_one_receipt(engines: Engines) -> None:
     several = engines.proxy.post("/v1/chat/completions", chat(n=3))
     expected = expected_tokens(several.json()["usage"], sequences=3)
-    assert computed(engines, several.headers["X-Request-Id"], expected) == expected
+    assert engines.computed(several.headers["X-Request-Id"], expected) == expected
     prompts = {"model": "llama", "prompt": ["one two", "three"], "max_tokens": 5, "ignore_eos": True}
     answer = engines.proxy.post("/v1/completions", prompts)
     usage = answer.json()["usage"]
     expected = usage["prompt_tokens"] + usage["completion_tokens"] - 2
-    assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
-    assert settled(engines, answer)["method"] == "measured-steps"
+    assert engines.computed(answer.headers["X-Request-Id"], expected) == expected
+    assert engines.settled(answer)["method"] == "measured-steps"
 
 
 def test_classification_reports_every_input(engines: Engines) -> None:
@@ -115,9 +80,9 @@ def test_classification_reports_every_input(engines: Engines) -> None:
     assert [row["label"] in {"POSITIVE", "NEGATIVE"} for row in answer.json()["data"]] == [True] * 3
     id = answer.headers["X-Request-Id"]
     prompt = answer.json()["usage"]["prompt_tokens"]
-    assert computed(engines, id, prompt) == prompt
-    assert len(steps_of(engines, id)) == 3
-    assert settled(engines, answer)["method"] == "measured-steps"
+    assert engines.computed(id, prompt) == prompt
+    assert len(engines.steps_of(id)) == 3
+    assert engines.settled(answer)["method"] == "measured-steps"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +96,8 @@ def test_other_dialects_are_attributed_by_their_steps_too(engines: Engines, path
     answer = engines.proxy.post(path, {"model": "llama", **body})
     usage = answer.json()["usage"]
     expected = usage["input_tokens"] + usage["output_tokens"] - 1
-    assert computed(engines, answer.headers["X-Request-Id"], expected) == expected
-    receipt = settled(engines, answer)
+    assert engines.computed(answer.headers["X-Request-Id"], expected) == expected
+    receipt = engines.settled(answer)
     assert receipt["method"] == "measured-steps"
     assert receipt["energy_joules"] > 0
 
@@ -152,9 +117,9 @@ def test_what_embeds_and_scores_reports_every_sequence(
     answer = engines.proxy.post(path, {"model": "embedder", **body})
     tokens = answer.json()["usage"]["total_tokens"]
     id = answer.headers["X-Request-Id"]
-    assert computed(engines, id, tokens) == tokens
-    assert len(steps_of(engines, id)) == sequences
-    assert settled(engines, answer)["method"] == "measured-steps"
+    assert engines.computed(id, tokens) == tokens
+    assert len(engines.steps_of(id)) == sequences
+    assert engines.settled(answer)["method"] == "measured-steps"
 
 
 def test_what_the_engine_can_goes_through_untouched(engines: Engines) -> None:
@@ -182,32 +147,23 @@ def test_an_errors_code_is_openais(engines: Engines) -> None:
 def test_a_client_that_leaves_frees_the_engine_and_settles_as_cancelled(engines: Engines) -> None:
     body = chat(max_tokens=8000, stream=True)
     with engines.proxy.client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        next(answer.iter_lines())
-        id = answer.headers["X-Request-Id"]
-    receipt = until_settled(engines, id)
+        id = under_way(engines, answer)
+    receipt = engines.until_settled(id)
     assert receipt["outcome"] == "cancelled"
     assert receipt["energy_joules"] > 0
-    assert 0 < len(steps_of(engines, id)) < 8000
-    done = settled(engines, engines.proxy.post("/v1/chat/completions", chat()))
+    assert 0 < len(engines.steps_of(id)) < 8000
+    done = engines.settled(engines.proxy.post("/v1/chat/completions", chat()))
     assert done["outcome"] == "completed"
-    assert len(steps_of(engines, id)) < 8000
-
-
-def test_the_figures_follow_the_meter(engines: Engines) -> None:
-    """200 W flow steadily: an engine that is alone draws them while it computes, and no more than the time allows."""
-    receipt = settled(engines, engines.proxy.post("/v1/chat/completions", chat(max_tokens=200)))
-    assert 0 < receipt["parts"]["gpu"] <= 200 * receipt["duration_seconds"] + 200 * 0.1
-    engines.proxy.check_law()
+    assert len(engines.steps_of(id)) < 8000
 
 
 def test_an_engine_killed_in_mid_stream_is_survived(engines: Engines) -> None:
     state = engines.proxy.node.registry.states["llama"]
     assert state.pid
     with engines.proxy.client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=8000, stream=True)) as answer:
-        lines = answer.iter_lines()
-        next(lines)
+        under_way(engines, answer)
         os.killpg(state.pid, signal.SIGKILL)
-        text = "\n".join(lines)
+        text = "\n".join(answer.iter_lines())
     assert any("error" in event for event in events(text) if event != "[DONE]")
     assert events(text)[-1] == "[DONE]"
     assert energy_comment(text)["outcome"] == "failed"
@@ -215,4 +171,4 @@ def test_an_engine_killed_in_mid_stream_is_survived(engines: Engines) -> None:
     other = engines.proxy.post("/classify", {"model": "bert", "input": "still here"})
     assert other.status_code == 200
     until(lambda: engines.proxy.client.get("/ready").status_code == 200, STARTUP_SECONDS)
-    assert settled(engines, engines.proxy.post("/v1/chat/completions", chat()))["method"] == "measured-steps"
+    assert engines.settled(engines.proxy.post("/v1/chat/completions", chat()))["method"] == "measured-steps"
