@@ -6,6 +6,7 @@ library (tests/nvml): the power that it simulates is the tests' to choose, and i
 
 import contextlib
 import ctypes
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,8 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.engines.engines import Engines, model, serving, with_plugin
+from backends import supervisor
+from backends.kinds import kind_of
+from backends.spec import BackendKind
+from tests.e2e.harness import stand_ins
+from tests.engines.engines import Engines, model, serving, started_by_hand, with_plugin
 from tests.engines.environment import tiny_models
+from tests.engines.unhooked import unhooked_python
 from tests.nvml.fixtures import nvml_library
 from tests.nvml.stub import Gpu, NvmlStub
 
@@ -98,3 +104,64 @@ def modes(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFactory
         return serving(folder, gpus, served)
 
     return stage.show("modes", start)
+
+
+@pytest.fixture
+def broken(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Engines that cannot start, each for a reason of its own, beside a stand-in that serves well."""
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Engines]:
+        folder, llama = tmp_path_factory.mktemp("broken"), tiny_models() / "llama"
+        for made in ("empty", "garbled", "gpus/one", "gpus/two"):
+            (folder / made).mkdir(parents=True)
+        (folder / "garbled" / "config.json").write_text('{"model_type": ')
+        served = [
+            {"name": "well", "backend": {"kind": "llamacpp", "model": "fake", "devices": [0]}},
+            model("nowhere", Path("/nowhere/at/all"), {}),
+            model("absent", llama, {}, devices=(9,)),
+            model("empty", folder / "empty", {}),
+            model("garbled", folder / "garbled", {}),
+            model("flag", llama, {"no-such-flag": 3}),
+            model("value", llama, {"max-model-len": "many"}),
+            model("long", llama, {"max-model-len": 99_999}),
+            model("memory", llama, {"kv-cache-memory-bytes": None, "gpu-memory-utilization": 1.0}),
+        ]
+
+        def kinds(kind: str) -> BackendKind:
+            return kind_of(kind) if kind == "vllm" else stand_ins(kind)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("backends.supervisor.NVIDIA_GPUS", folder / "gpus")
+            with serving(folder, gpus, served, kinds=kinds, ready=False) as engines:
+                yield engines
+
+    return stage.show("broken", start)
+
+
+@pytest.fixture
+def attached(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """A vLLM without the hook, whose port is taken at first, and one of somebody else's, watched and not watched."""
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Engines]:
+        folder, llama = tmp_path_factory.mktemp("attached"), tiny_models() / "llama"
+        steps, port = folder / "run" / "steps.sock", supervisor._free_port()
+        python = unhooked_python(folder / "unhooked")
+        there = {"kind": "remote", "url": f"http://127.0.0.1:{port}", "model": "tiny", "devices": [0]}
+        served = [
+            model("unhooked", llama, {"max-model-len": 1024}, python=python),
+            {"name": "elsewhere", "backend": {**there, "steps": str(steps)}},
+            {"name": "unwatched", "backend": there},
+        ]
+        with (
+            started_by_hand(folder, llama, "tiny", port, steps, "elsewhere"),
+            socket.create_server(("127.0.0.1", 0)) as taken,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            free, first = supervisor._free_port, [int(taken.getsockname()[1])]
+            patch.setattr(supervisor, "_free_port", lambda: first.pop() if first else free())
+            with serving(folder, gpus, served) as engines:
+                yield engines
+
+    return stage.show("attached", start)

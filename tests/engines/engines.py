@@ -2,6 +2,10 @@
 
 import contextlib
 import json
+import logging
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+import backends
 from backends.kinds import kind_of
 from backends.spec import BackendKind
 from proxy.meter.base import Meter
@@ -34,6 +39,12 @@ class Engines:
     gpus: NvmlStub
     trace: Path
     folder: Path
+    lines: list[str]
+
+    @property
+    def log(self) -> str:
+        """What the backends' side of the proxy has logged so far."""
+        return "\n".join(self.lines)
 
     def steps(self, backend: str) -> list[dict[str, Any]]:
         """The recorded steps of a backend's engine, in the order they were told."""
@@ -150,8 +161,59 @@ def serving(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-        with running(folder, models=models, meters=meters, kinds=kinds, record=trace, wait=False) as proxy:
+        with (
+            _logged() as lines,
+            running(folder, models=models, meters=meters, kinds=kinds, record=trace, wait=False) as proxy,
+        ):
             if ready:
                 until(lambda: proxy.client.get("/ready").status_code == 200, STARTUP_SECONDS)
             client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="-", max_retries=0)
-            yield Engines(proxy, client, gpus, trace, folder)
+            yield Engines(proxy, client, gpus, trace, folder, lines)
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """The lines that `backends` logs, from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]  # all it should do
+    logger = logging.getLogger("backends")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def started_by_hand(folder: Path, model: Path, name: str, port: int, steps: Path, backend: str) -> Iterator[None]:
+    """A vLLM that somebody else runs, as docs/vllm.md says that it should be."""
+    (folder / "packages").mkdir()
+    (folder / "packages" / "backends").symlink_to(Path(backends.__file__).parent)
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("JOULEGATE_")},
+        "PYTHONPATH": str(folder / "packages"),
+        "JOULEGATE_STEPS_SOCKET": str(steps),
+        "JOULEGATE_BACKEND": backend,
+        "JOULEGATE_DEVICES": "gpu:0",
+        "OMP_NUM_THREADS": "1",
+    }
+    flags = {"model": model, "served-model-name": name, "port": port, "host": "127.0.0.1", "max-model-len": 1024}
+    flags |= {"dtype": "float32", "max-num-seqs": 32, "kv-cache-memory-bytes": _CACHE_BYTES}
+    flags |= {"scheduler-cls": "backends.vllm.reporter.scheduler"}
+    command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server"]
+    command += [f"--{flag}={value}" for flag, value in flags.items()]
+    with (folder / "by-hand.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--enforce-eager", "--enable-prompt-tokens-details"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
