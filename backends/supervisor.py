@@ -129,9 +129,11 @@ class Supervisor:
         """Have a backend's health checked now: somebody could not reach it."""
         self._backends[name].doubted.set()
 
-    def unwatched(self, name: str) -> None:
+    def unwatched(self, name: str, why: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
-        logger.warning("%s: its engine cannot tell its steps: its requests are accounted by their tokens", name)
+        logger.warning(
+            "%s: its engine cannot tell its steps (%s): its requests are accounted by their tokens", name, why
+        )
         self._backends[name].mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:

@@ -212,7 +212,7 @@ class Node:
                 on_steps=accountant.steps,
                 on_loss=accountant.lost,
                 on_state=_ignore_state,
-                on_unable=lambda name, _: supervisor.unwatched(name),
+                on_unable=supervisor.unwatched,
             )
             await receiver.start()
             stack.push_async_callback(receiver.close)

@@ -1,5 +1,6 @@
 """A real vLLM behind the real proxy: who was in every step, and what became of the energy."""
 
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,7 @@ def test_what_embeds_and_scores_reports_every_sequence(
     assert engines.settled(answer)["method"] == "measured-steps"
 
 
-def test_what_the_engine_can_goes_through_untouched(engines: Engines) -> None:
+def test_logprobs_and_a_guided_choice_go_through(engines: Engines) -> None:
     answer = engines.client.chat.completions.create(
         model="llama",
         messages=[{"role": "user", "content": "yes or no?"}],
@@ -131,11 +132,73 @@ def test_what_the_engine_can_goes_through_untouched(engines: Engines) -> None:
         extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
     )
     assert answer.choices[0].message.content in {"yes", "no"}
-    assert answer.choices[0].logprobs
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert logprobs.content
+    assert all(len(token.top_logprobs) == 2 for token in logprobs.content)
+
+
+def test_tokenizing_goes_through(engines: Engines) -> None:
     count = engines.proxy.post("/tokenize", {"model": "llama", "prompt": "hello"}).json()
     assert count["count"] == len(count["tokens"])
     back = engines.proxy.post("/detokenize", {"model": "llama", "tokens": count["tokens"]})
     assert back.json()["prompt"] == "hello"
+
+
+def test_an_answer_by_a_schema_streams_through(engines: Engines) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["cat", "dog"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    with engines.client.chat.completions.create(
+        model="llama",
+        messages=[{"role": "user", "content": "cat or dog?"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": schema, "strict": True}},
+        stream=True,
+        max_tokens=200,
+        extra_body={"structured_outputs": {"disable_any_whitespace": True}},
+    ) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert json.loads(text)["kind"] in {"cat", "dog"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_call_goes_through(engines: Engines, stream: bool) -> None:
+    """The tool is named, so that a model which knows nothing must call it; what it is called with is its schema's."""
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    named = {"type": "function", "function": {"name": "weather"}}
+    body = {"model": "llama", "messages": HELLO, "tools": [tool], "tool_choice": named, "max_tokens": 200}
+    answer = engines.proxy.post("/v1/chat/completions", {**body, "stream": stream})
+    receipt = engines.settled(answer)
+    assert receipt["method"] == "measured-steps"
+    if stream:
+        told = [event for event in events(answer.text) if event != "[DONE]" and event["choices"]]
+        calls = [call for event in told for call in event["choices"][0]["delta"].get("tool_calls") or []]
+    else:
+        calls = answer.json()["choices"][0]["message"]["tool_calls"]
+    assert calls[0]["function"]["name"] == "weather"
+    arguments = "".join(call["function"].get("arguments") or "" for call in calls)
+    assert json.loads(arguments)["city"] in {"Rome", "Oslo"}
+
+
+def test_several_sequences_with_logprobs_stream_through(engines: Engines) -> None:
+    body = chat(n=2, stream=True, logprobs=True, top_logprobs=1, stream_options={"include_usage": True})
+    answer = engines.proxy.post("/v1/chat/completions", body)
+    *told, last, done = events(answer.text)
+    assert done == "[DONE]"
+    tokens = [
+        (choice["index"], token["token"])
+        for event in told
+        for choice in event["choices"]
+        for token in (choice.get("logprobs") or {}).get("content") or []
+    ]
+    assert {index for index, _ in tokens} == {0, 1}
+    assert len(tokens) == last["usage"]["completion_tokens"] == 24
+    expected = expected_tokens(last["usage"], sequences=2)
+    assert engines.computed(answer.headers["X-Request-Id"], expected) == expected
 
 
 def test_an_errors_code_is_openais(engines: Engines) -> None:
