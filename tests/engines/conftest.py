@@ -66,7 +66,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.fixture
 def engines(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """vLLM as most people run it: one that chats, one that classifies, one that embeds."""
+    """vLLM as most people run it: one that chats, one that classifies, one that embeds, one that sees."""
 
     def start() -> AbstractContextManager[Engines]:
         folder, models = tmp_path_factory.mktemp("engines"), tiny_models()
@@ -74,6 +74,12 @@ def engines(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFacto
             model("llama", models / "llama", {"max-model-len": 8192}, python=with_plugin(folder, "llama")),
             model("bert", models / "bert", {"max-model-len": 256, "runner": "pooling"}),
             model("embedder", models / "llama", {"max-model-len": 256, "runner": "pooling"}),
+            model(
+                "seer",
+                models / "paligemma",
+                {"max-model-len": 256, "load-format": "dummy"},
+                python=with_plugin(folder, "seer", ENGINE_EYES="1"),
+            ),
         ]
         return serving(folder, gpus, served)
 

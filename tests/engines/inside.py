@@ -10,11 +10,16 @@ on the CPU needs none; scheduler, engine and workers are vLLM's own and keep two
 
 `ENGINE_PIPELINE` lets it run a pipeline eagerly: its workers make the buffers between their stages while they warm up,
 which the CPU's do not when nothing is compiled (vLLM 0.32 fails an assertion there, with or without joulegate).
+
+`ENGINE_EYES` lets it see without torchvision, of which no build on PyPI fits the CPU's torch: what it asks it for, one
+function that counts tokens, transformers has a second time for those who work with Pillow.
 """
 
 import contextlib
+import importlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,8 @@ def plug_in() -> None:
         _schedule_asynchronously()
     if os.environ.get("ENGINE_PIPELINE"):
         _make_room_between_stages()
+    if os.environ.get("ENGINE_EYES"):
+        _see_by_pillow()
 
 
 def _witness(folder: Path) -> None:
@@ -101,3 +108,10 @@ def _make_room_between_stages() -> None:
         return gather(runner, *args, **kwargs)
 
     CPUModelRunner.sync_and_gather_intermediate_tensors = with_room
+
+
+def _see_by_pillow() -> None:
+    folder = "transformers.models.pixtral"
+    sys.modules[f"{folder}.image_processing_pixtral"] = importlib.import_module(
+        f"{folder}.image_processing_pil_pixtral"
+    )

@@ -1,5 +1,7 @@
 """A real vLLM behind the real proxy: who was in every step, and what became of the energy."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from tests.e2e.harness import energy_comment, events, until
 from tests.engines.engines import STARTUP_SECONDS, Engines, expected_tokens
@@ -199,6 +202,34 @@ def test_several_sequences_with_logprobs_stream_through(engines: Engines) -> Non
     assert len(tokens) == last["usage"]["completion_tokens"] == 24
     expected = expected_tokens(last["usage"], sequences=2)
     assert engines.computed(answer.headers["X-Request-Id"], expected) == expected
+
+
+def picture(url: str) -> dict[str, Any]:
+    parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {"model": "seer", "messages": [{"role": "user", "content": parts}], "max_tokens": 6, "ignore_eos": True}
+
+
+def data_url() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 40)).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_picture_goes_through_and_its_tokens_are_work(engines: Engines, stream: bool) -> None:
+    counted = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = engines.proxy.post("/v1/chat/completions", {**picture(data_url()), **counted})
+    receipt = engines.settled(answer)
+    assert receipt["method"] == "measured-steps"
+    usage = events(answer.text)[-2]["usage"] if stream else answer.json()["usage"]
+    assert usage["prompt_tokens"] > 16  # the picture's patches, and the words
+    assert engines.computed(receipt["id"], expected_tokens(usage)) == expected_tokens(usage)
+
+
+def test_a_picture_is_not_fetched_on_a_clients_behalf(engines: Engines) -> None:
+    answer = engines.proxy.post("/v1/chat/completions", picture(f"{engines.proxy.url}/picture.png"))
+    assert answer.status_code == 400
+    assert "allowed domains" in answer.json()["error"]["message"]
 
 
 def test_an_errors_code_is_openais(engines: Engines) -> None:
