@@ -87,7 +87,7 @@ class StepSockets:
             on_steps=steps,
             on_loss=lambda name, reports: self._accountant.lost(ids[name], reports),
             on_state=_ignore_state,
-            on_unable=lambda name, _: self._supervisor.unwatched(ids[name]),
+            on_unable=lambda name, why: self._supervisor.unwatched(ids[name], why),
         )
 
 
