@@ -130,8 +130,8 @@ class Ticket:
         return self.finished_at is not None and len(self._shares) == len(self.attempts)
 
     def receipt(self) -> Receipt:
-        shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
-        known = [share for share in shares if share is not None]
+        settled, of = self._shares, self._accountant.share
+        known = [share for name in self.attempts if (share := settled.get(name) or of(name)) is not None]
         terms = self.terms
         if not self.measurable or self._has_failed(known, terms):
             known = [structs.replace(share, devices={}) for share in known]

@@ -15,7 +15,7 @@ Method = Literal["measured-steps", "measured-tokens", "measured-window", "estima
 METHODS: tuple[Method, ...] = ("measured-steps", "measured-tokens", "measured-window", "estimated")
 
 
-class DeviceShare(msgspec.Struct, frozen=True):
+class DeviceShare(msgspec.Struct, frozen=True, gc=False):
     """A request's energy on one device.
 
     `active` is its share of the device while it was served, within `low`..`high`; `marginal` leaves out its equal part
@@ -31,7 +31,7 @@ class DeviceShare(msgspec.Struct, frozen=True):
     meanwhile: Microjoules
 
 
-class Attribution(msgspec.Struct, frozen=True):
+class Attribution(msgspec.Struct, frozen=True, gc=False):
     """One request's (or attempt's) energy by device. `settled` figures never change again.
 
     On `unmeasured` devices it worked, or may have worked, while no meter was read: what it used there nobody knows.

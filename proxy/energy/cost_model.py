@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
-from proxy.energy.intervals import TAIL_ERROR, Tail, split_error
+from proxy.energy.intervals import Tail, split_error
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, PriceOfOne, StepModel
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
+#: The proxy's own part of a busy device's power, where CPU time does not tell.
+PROXY_PART = 0.05
+#: The most that a device is thought to draw while nobody has seen it busy (assumed: no accelerator of today, nor the
+#: processors of one host, draw more).
+PLAUSIBLE_WATTS = 1_500.0
 _SIZE = len(ENERGY)
 _HORIZON = 600.0
 _SIGMA = 0.04
@@ -60,12 +65,14 @@ class CostModels:
         self.version = 0
         """Prices of one version are the same."""
         self._prices: dict[int, PriceOfOne | None] = {}
+        self._tail_errors: dict[int, float | None] = {}
         self._prices_version = 0
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
         if backend not in self._order:
             self._models[backend] = StepModel(coefficients)
+            self.version += 1
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
@@ -104,29 +111,59 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
-    def tail(self, backend: int, energy: float, idle_watts: float | None) -> Tail:
-        """How sure a prediction of so many microjoules for a backend's steps is."""
-        ratio = TAIL_ERROR
-        return Tail(energy, ratio * energy, ratio * energy)
+    def tail(self, backend: int, energy: float, length: int) -> Tail:
+        """How sure a prediction of so many microjoules is, for steps of a backend of so many nanoseconds in all."""
+        error = self._tail_error(backend)
+        return self._anything(energy, length) if error is None else Tail(energy, error * energy, error * energy)
 
     def tail_alone(self, step: Alone, timed: float, idle_watts: float | None) -> Tail:
-        """The prediction for one step of one participant, cheaply. A backend not fitted yet is priced by time."""
+        """The prediction for one step of one participant, cheaply.
+
+        `timed` is 0 if its work is known: then it is priced as the model says; else, or where that says nothing yet, by
+        time: at this part of the device's busy power.
+        """
         backend, started, ended, repeat, _, tokens, context = step
+        length = ended - started
         price = None if timed > 0 else self._price_of_one(backend)
-        if price is None:
-            return self.tail(
-                backend, (timed or 1.0) * self.busy_watts(idle_watts) * (ended - started) / 1e3, idle_watts
-            )
-        return self.tail(backend, repeat * price.joules(tokens, context) * 1e6, idle_watts)
+        if price is not None:
+            return self.tail(backend, repeat * price.joules(tokens, context) * 1e6, length)
+        part = timed or 1.0
+        energy = part * self.busy_watts(idle_watts) * length / 1e3
+        if self._busy_watts is None:
+            return self._anything(energy, round(length * min(part / PROXY_PART, 1.0)))
+        return Tail(energy, energy, 2 * energy)
+
+    def _anything(self, energy: float, length: int) -> Tail:
+        """Nobody knows yet what this device draws when it is busy: anything that is possible."""
+        return Tail(energy, energy, max(PLAUSIBLE_WATTS * length / 1e3 - energy, energy))
+
+    def _tail_error(self, backend: int) -> float | None:
+        """Relative error of what is predicted for a backend's steps; None where nothing is known of it."""
+        self._keep_prices()
+        if backend not in self._tail_errors:
+            model = self._models.get(backend)
+            error = None if model is None or model.energy is None else model.tail_error(self.window_error)
+            self._tail_errors[backend] = error
+        return self._tail_errors[backend]
+
+    def _keep_prices(self) -> None:
+        """What is remembered of prices holds for one version of them."""
+        if self._prices_version != self.version:
+            self._prices, self._tail_errors, self._prices_version = {}, {}, self.version
 
     def _price_of_one(self, backend: int) -> PriceOfOne | None:
-        """Kept until prices change; None for a backend that no window has taught anything yet."""
-        if self._prices_version != self.version:
-            self._prices, self._prices_version = {}, self.version
+        """None for a backend of which nothing is known yet."""
+        self._keep_prices()
         if backend not in self._prices:
-            fitted = self._fit is not None and backend in self._order
-            self._prices[backend] = self._models[backend].price_of_one(self._fitted(backend)) if fitted else None
+            self._prices[backend] = self._find_price_of_one(backend)
         return self._prices[backend]
+
+    def _find_price_of_one(self, backend: int) -> PriceOfOne | None:
+        model = self._models.get(backend)
+        if model is None or model.energy is None or model.seconds is None:
+            return None
+        fitted = self._fit is not None and backend in self._order
+        return model.price_of_one(self._fitted(backend) if fitted else model.energy)
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None

@@ -2,15 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
 from proxy.energy.backend import Backend
-from proxy.energy.cost_model import CostModels
+from proxy.energy.cost_model import PROXY_PART, CostModels
 from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
@@ -25,10 +25,10 @@ from proxy.energy.timeline import Timeline, Window
 
 #: A device of which others used less than this counts as free of foreign processes when something is learnt.
 _NO_FOREIGN = 0.01
-#: The proxy's own part of a busy device's power, where CPU time does not tell.
-_PROXY_PART = 0.05
 _LARGE_BATCH = 64
 _MOST = float(1 << 62)
+#: Makes a share of bare integers: thousands of them a second are worth a detour around the units' names.
+_share: Callable[[int, int, int, int, int | None, int], DeviceShare] = cast(Any, DeviceShare)
 #: Where backends run side by side on cores of their own; on an accelerator they take turns.
 HOST = "host"
 
@@ -95,7 +95,7 @@ class DeviceBook:
         return part
 
     def _price(self, steps: Steps) -> Floats:
-        by_time = np.where(steps.backend == PROXY_INDEX, _PROXY_PART, 1.0) * _is_timed(steps)
+        by_time = np.where(steps.backend == PROXY_INDEX, PROXY_PART, 1.0) * _is_timed(steps)
         return self._models.price(steps, by_time[steps.owner], self._idle.watts)
 
     # --- settling ---
@@ -239,7 +239,8 @@ class DeviceBook:
         if not self.tallies.touched(request.slot):
             return None if unseen is None else self._predicted_only(unseen)
         awaited = max(float(self.tallies.awaited[request.slot]), 0.0)
-        tail = self._models.tail(request.backend_index, awaited, self._idle.watts)
+        length = int(self.tallies.last_end[request.slot] - self.tallies.first_start[request.slot])
+        tail = self._models.tail(request.backend_index, awaited, length)
         lost_ratios, slots = np.array([lost_ratio]), np.array([request.slot])
         return self._shares(slots, lost_ratios, tail if unseen is None else tail.plus(unseen))[0]
 
@@ -255,16 +256,10 @@ class DeviceBook:
 
     def _predicted_only(self, tail: Tail) -> DeviceShare:
         """The share of a request of which no window has seen anything yet."""
-        active = Microjoules(round(tail.energy))
-        ratio = self._hour.idle_ratio()
-        return DeviceShare(
-            active,
-            low=Microjoules(max(math.floor(tail.energy - tail.below), 0)),
-            high=Microjoules(math.ceil(tail.energy + tail.above)),
-            marginal=active,
-            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
-            meanwhile=active,
-        )
+        active, low, ratio = round(tail.energy), tail.energy - tail.below, self._hour.idle_ratio()
+        high = math.ceil(tail.energy + tail.above)
+        full = None if ratio is None else round(active * (1 + ratio))
+        return _share(active, math.floor(low) if low > 0 else 0, high, active, full, active)
 
     def _shares(self, slots: Ints, lost_ratios: Floats, tail: Tail) -> list[DeviceShare]:
         rows = self.tallies.rows(slots)
@@ -291,7 +286,7 @@ class DeviceBook:
             np.maximum(_whole(rows.meanwhile + tail.energy), active),
         )
         exact, lows, highs, marginal, meanwhile = (column.tolist() for column in columns)
-        return list(map(DeviceShare, exact, lows, highs, marginal, full, meanwhile))
+        return list(map(_share, exact, lows, highs, marginal, full, meanwhile))
 
     def _glance(self, request: Request) -> Tail | None:
         """What is predicted for a request's steps that nobody has looked at yet; None for no such steps.
@@ -321,13 +316,13 @@ class DeviceBook:
         return tail
 
     def _tail_alone(self, step: Alone) -> Tail:
-        timed = _PROXY_PART if step[0] == PROXY_INDEX else float(step[5] <= 0)
+        timed = PROXY_PART if step[0] == PROXY_INDEX else float(step[5] <= 0)
         return self._models.tail_alone(step, timed, self._idle.watts)
 
     def _tail_in_batch(self, batch: Batch, places: Ints, slot: int) -> Tail | None:
         """A request's part of a batch, where that can be told cheaply."""
         if batch.backend == PROXY_INDEX:
-            part = _PROXY_PART * len(places) / len(batch.slots)
+            part = PROXY_PART * len(places) / len(batch.slots)
             alone = (PROXY_INDEX, batch.started, batch.ended, 1, slot, 0, 0)
             return self._models.tail_alone(alone, part, self._idle.watts)
         price = float(self.tallies.last_price[slot])
@@ -336,7 +331,7 @@ class DeviceBook:
         )
         if not np.all(same):
             return None
-        return self._models.tail(batch.backend, price * len(places), self._idle.watts)
+        return self._models.tail(batch.backend, price * len(places), batch.ended - batch.started)
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""

@@ -20,7 +20,8 @@ from proxy.energy.pending import Floats
 NINE_TENTHS = 1.645 * 1.25
 #: The split is never believed more than this, and least of all from a model that has seen few windows.
 _LEAST_SPLIT_ERROR, _SPLIT_ERRORS, _COLD_SPLIT_ERROR, _COLD_WINDOWS = 0.04, 1.5, 0.25, 10.0
-TAIL_ERROR = 0.1
+#: A prediction is never believed more than this, and least of all one of a model that has seen few windows.
+_TAIL_ERROR, _COLD_TAIL_ERROR, _COLD_TAIL_WINDOWS = 0.1, 0.9, 5.0
 
 
 class Tail(NamedTuple):
@@ -53,6 +54,16 @@ class Doubts(NamedTuple):
 def split_error(fit_error: float, windows: float) -> float:
     """The relative error of the cost model's split, from its error over seconds and how much it has seen."""
     return max(_LEAST_SPLIT_ERROR, _SPLIT_ERRORS * fit_error) + _COLD_SPLIT_ERROR / (1 + windows / _COLD_WINDOWS)
+
+
+def tail_error(window_error: float, doubt: float, windows: float) -> float:
+    """The relative error of what is predicted and not measured yet.
+
+    `window_error` is how far windows are from their predictions, `doubt` (relative) how far off the model was to begin
+    with, and `windows` how many it has learnt from.
+    """
+    cold = min(_COLD_TAIL_ERROR, 2 * doubt) / (1 + windows / _COLD_TAIL_WINDOWS)
+    return min(_TAIL_ERROR + NINE_TENTHS * window_error + cold, 1.0)
 
 
 def intervals(doubts: Doubts) -> tuple[Floats, Floats]:

@@ -82,6 +82,7 @@ class Ledger:
         self._looked_at = NEVER  # when time-outs of waiting requests were last looked after
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
+        self._measuring: set[str] = set()  # of these, the ones whose meter does not estimate
         self._backends: dict[str, Backend] = {}
         self._backend_names: list[str] = []
         self._places: dict[tuple[str, tuple[str, ...]], tuple[Backend, list[DeviceBook]]] = {}
@@ -126,10 +127,11 @@ class Ledger:
             self._places.clear()
         else:
             known.device = event
+        self._measuring = {name for name, book in self._devices.items() if not book.device.estimated}
 
     def _sample(self, event: Sample) -> None:
         book = self._metered(event.device)
-        _check_times(event.at)
+        _check_time(event.at)
         book.sample(event)
         self.advance(event.at)
 
@@ -166,7 +168,7 @@ class Ledger:
         self._settle_after_step(backend, books)
 
     def _start(self, event: Start) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         if not event.request:
             raise EventError("a request needs an id")
         if self._registry.settled_lately(event.request):
@@ -180,7 +182,7 @@ class Ledger:
             raise EventError(f"request {event.request} starts after its first step")
 
     def _finish(self, event: Finish) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         request = self._registry.open.get(event.request)
         if request is None:
             if self._registry.settled_lately(event.request):
@@ -197,7 +199,7 @@ class Ledger:
 
     def _processes(self, event: Processes) -> None:
         book = self._metered(event.device)
-        _check_times(event.at)
+        _check_time(event.at)
         shares = dict(event.backend_shares)
         if not 0 <= event.foreign_share <= 1 or not all(0 <= share <= 1 for share in shares.values()):
             raise EventError(f"shares of {event.device}'s use must lie within 0..1")
@@ -219,7 +221,7 @@ class Ledger:
         backend.reports_lost += event.reports
 
     def _backend_state(self, event: BackendState) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         books = [(name, book) for name in event.devices if (book := self._devices.get(name)) is not None]
         backend = self._backend(event.backend)
         for name, book in books:
@@ -453,12 +455,12 @@ class Ledger:
             shares[place][name] = share
 
     def _method(self, request: Request, devices: dict[str, DeviceShare]) -> Method:
-        if devices and all(self._devices[name].device.estimated for name in devices):
+        if devices and self._measuring.isdisjoint(devices):
             return "estimated"
-        backend = self._backend(request.backend)
+        backend = self._backends[request.backend]
         if not backend.reports:
             return "measured-window"
-        return METHODS[max(request.rank, _RANK["measured-tokens"] if backend.relayed else 0)]
+        return METHODS[request.rank or (_RANK["measured-tokens"] if backend.relayed else 0)]
 
     def drain(self) -> list[Attribution]:
         """The attributions settled since the last call, in the order they settled."""
@@ -478,14 +480,15 @@ class Ledger:
         ]
 
 
-def _check_times(*times: int) -> None:
-    if any(not -LIMIT < time < LIMIT for time in times):
-        raise EventError(f"time is out of range: {times[0]}")
+def _check_time(time: int) -> None:
+    if not -LIMIT < time < LIMIT:
+        raise EventError(f"time is out of range: {time}")
 
 
 def _check_step(step: Step) -> None:
     if not -LIMIT < step.started <= step.ended < LIMIT:
-        _check_times(step.started, step.ended)
+        _check_time(step.started)
+        _check_time(step.ended)
         raise EventError(f"step of {step.backend} ends before it begins: {step.ended} < {step.started}")
     if not len(step.requests) == len(step.tokens) == len(step.contexts):
         raise EventError(f"step of {step.backend} has columns of different lengths")

@@ -9,14 +9,14 @@ import msgspec
 from proxy.energy.attribution import METHODS, Attribution, DeviceShare, Method
 from proxy.energy.carbon import Equivalents, Intensity, equivalents, operational_grams
 from proxy.energy.events import Device, Outcome
-from proxy.energy.quantities import Grams, Joules, Microjoules, Seconds, joules, seconds
+from proxy.energy.quantities import Grams, Joules, Microjoules, Seconds, joules
 
 Boundary = Literal["gpu", "node", "facility"]
 Status = Literal["provisional", "settled", "pending", "unavailable"]
 HOST = "host"
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """What the proxy knows of a request besides its energy. `created` is Unix time; `key` names the caller's key."""
 
     id: str
@@ -28,7 +28,7 @@ class Request(msgspec.Struct, frozen=True):
     key: str | None = None
 
 
-class Tokens(msgspec.Struct, frozen=True):
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """As the backend's own usage says; None where it does not."""
 
     prompt: int | None = None
@@ -36,7 +36,7 @@ class Tokens(msgspec.Struct, frozen=True):
     cached: int | None = None
 
 
-class Provenance(msgspec.Struct, frozen=True):
+class Provenance(msgspec.Struct, frozen=True, gc=False):
     """What is the same for all receipts of the same devices: their meters, in order, and how sure each is."""
 
     meters: Mapping[str, str]
@@ -79,7 +79,7 @@ class Accounting:
         )
 
 
-class Parts(msgspec.Struct, frozen=True):
+class Parts(msgspec.Struct, frozen=True, gc=False):
     """Microjoules; they sum to the receipt's energy exactly."""
 
     gpu: Microjoules
@@ -92,7 +92,7 @@ class Parts(msgspec.Struct, frozen=True):
         return Microjoules(self.gpu + self.host + self.overhead + self.wasted)
 
 
-class Figures(msgspec.Struct, frozen=True):
+class Figures(msgspec.Struct, frozen=True, gc=False):
     """A receipt's energy within the boundary: all of it measured (or estimated, as `method` says)."""
 
     parts: Parts
@@ -119,7 +119,7 @@ class Figures(msgspec.Struct, frozen=True):
         return "+".join(dict.fromkeys(self.meters.values()))
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """The energy, carbon and provenance of one request; `figures` is None where there is no meter for it."""
 
     request: Request
@@ -136,9 +136,9 @@ def receipt(request: Request, attempts: Sequence[Attribution], tokens: Tokens, a
     """Join a request's attempts (in order, the last is the one that answered; at least one) into its receipt."""
     last = attempts[-1]
     figures = _figures(attempts, accounting)
-    settled = last.settled and all(attempt.settled for attempt in attempts)
+    settled = last.settled and (len(attempts) == 1 or all(attempt.settled for attempt in attempts))
     status: Status = "unavailable" if figures is None else "settled" if settled else "provisional"
-    duration = Seconds(max(0.0, seconds(last.ended) - seconds(attempts[0].started)))
+    duration = Seconds(max(last.ended - attempts[0].started, 0) / 1e9)
     return Receipt(
         request, status, last.outcome, duration, tokens, accounting.boundary, accounting.intensity, figures
     )  # fmt: skip
@@ -147,7 +147,7 @@ def receipt(request: Request, attempts: Sequence[Attribution], tokens: Tokens, a
 def _figures(attempts: Sequence[Attribution], accounting: Accounting) -> Figures | None:
     """None where a device within the boundary was used and not measured: half a figure would be a false one."""
     shares = _shares(attempts, accounting)
-    if not shares or any(accounting.within(name) for attempt in attempts for name in attempt.unmeasured):
+    if not shares or _lacks_a_meter(attempts, accounting):
         return None
     low = high = marginal = full = 0
     is_full = True
@@ -171,6 +171,10 @@ def _figures(attempts: Sequence[Attribution], accounting: Accounting) -> Figures
         _attribution_ratio(shares),
         operational_grams(joules(parts.total), accounting.intensity),
     )
+
+
+def _lacks_a_meter(attempts: Sequence[Attribution], accounting: Accounting) -> bool:
+    return any(any(map(accounting.within, attempt.unmeasured)) for attempt in attempts if attempt.unmeasured)
 
 
 _Shares = Sequence[tuple[str, DeviceShare]]
@@ -215,8 +219,10 @@ def _method(attempts: Sequence[Attribution], provenance: Provenance) -> Method:
     """The worst of the attempts' methods; `estimated` if and only if every contributing meter is an estimate."""
     if provenance.estimated:
         return "estimated"
+    if len(attempts) == 1 and attempts[0].method != "estimated":
+        return attempts[0].method
     split: list[Method] = [attempt.method for attempt in attempts if attempt.method != "estimated"]
-    return max(split, key=METHODS.index, default="measured-window") if len(split) != 1 else split[0]
+    return max(split, key=METHODS.index, default="measured-window")
 
 
 def _attribution_ratio(shares: _Shares) -> float | None:

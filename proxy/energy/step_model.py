@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
+from proxy.energy.intervals import tail_error
 from proxy.energy.pending import Floats, Steps
 from proxy.energy.shapley import roofline_shares
 
@@ -88,6 +89,10 @@ class StepModel:
             elif self.seconds is not None:
                 d = self.duration
                 self._powers = np.array([self.energy[2] / d[2], self.energy[0] / d[4], self.energy[5]])
+
+    def tail_error(self, window_error: float) -> float:
+        """The relative error of what it predicts, where windows are so far from their predictions."""
+        return tail_error(window_error, self._powers_doubt, self.windows)
 
     # --- durations ---
 
