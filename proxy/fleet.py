@@ -174,16 +174,15 @@ class Fleet:
 
     async def _begin(self, spec: BackendSpec) -> None:
         await self._room_for(spec)
-        reports = True
+        deaf: OSError | None = None
         try:
             await self._sockets.open(spec)
         except OSError as error:
-            log.error("%s: its steps cannot be reported: %s", spec.id, error)
-            reports = False
+            deaf = error
         self._accountant.introduce(spec.id)
         self._supervisor.add(spec)
-        if not reports:
-            self._supervisor.unwatched(spec.id)
+        if deaf is not None:
+            self._supervisor.unwatched(spec.id, f"the socket for them cannot be opened: {deaf}")
 
     async def _room_for(self, spec: BackendSpec) -> None:
         """Wait until those that leave have left its accelerators, whose memory may not hold both."""

@@ -357,7 +357,7 @@ async def test_backends_come_and_go_while_the_others_run(run_dir: Path) -> None:
         assert (changes[-1].name, changes[-1].state, changes[-1].pid) == ("other", "stopped", None)
         assert supervisor.pids() == {"chat": stays}
         supervisor.suspect("other")
-        supervisor.unwatched("other")
+        supervisor.unwatched("other", "no reason")
 
 
 async def test_one_that_is_removed_as_all_end_has_its_grace_and_is_gone(run_dir: Path) -> None:
