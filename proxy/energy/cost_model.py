@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
-from proxy.energy.intervals import Tail, split_error
+from proxy.energy.intervals import Tail, split_error, tail_of
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
 from proxy.energy.step_model import DURATION, ENERGY, PriceOfOne, StepModel
@@ -19,6 +19,8 @@ PROXY_PART = 0.05
 #: The most that a device is thought to draw while nobody has seen it busy (assumed: no accelerator of today, nor the
 #: processors of one host, draw more).
 PLAUSIBLE_WATTS = 1_500.0
+#: How many times its usual busy power a device may draw for a moment.
+_MUCH = 2.0
 _SIZE = len(ENERGY)
 _HORIZON = 600.0
 _SIGMA = 0.04
@@ -114,7 +116,7 @@ class CostModels:
     def tail(self, backend: int, energy: float, length: int) -> Tail:
         """How sure a prediction of so many microjoules is, for steps of a backend of so many nanoseconds in all."""
         error = self._tail_error(backend)
-        return self._anything(energy, length) if error is None else Tail(energy, error * energy, error * energy)
+        return self._anything(energy, length) if error is None else tail_of(energy, error)
 
     def tail_alone(self, step: Alone, timed: float, idle_watts: float | None) -> Tail:
         """The prediction for one step of one participant, cheaply.
@@ -131,11 +133,16 @@ class CostModels:
         energy = part * self.busy_watts(idle_watts) * length / 1e3
         if self._busy_watts is None:
             return self._anything(energy, round(length * min(part / PROXY_PART, 1.0)))
-        return Tail(energy, energy, 2 * energy)
+        return tail_of(energy, _TIMED_ERROR)
 
     def _anything(self, energy: float, length: int) -> Tail:
         """Nobody knows yet what this device draws when it is busy: anything that is possible."""
         return Tail(energy, energy, max(PLAUSIBLE_WATTS * length / 1e3 - energy, energy))
+
+    def most(self, length: int) -> float:
+        """The most that steps nobody has told of may use in so many nanoseconds."""
+        watts = PLAUSIBLE_WATTS if self._busy_watts is None else _MUCH * self._busy_watts
+        return watts * length / 1e3
 
     def _tail_error(self, backend: int) -> float | None:
         """Relative error of what is predicted for a backend's steps; None where nothing is known of it."""

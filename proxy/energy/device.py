@@ -233,9 +233,19 @@ class DeviceBook:
 
     # --- what goes out ---
 
-    def provisional(self, request: Request, lost_ratio: float) -> DeviceShare | None:
-        """What settled windows gave it, and what is predicted for the rest; None if it had no step here."""
+    def unsettled(self, start: int, end: int) -> int:
+        """Nanoseconds of the span that no settled window covers."""
+        return max(end - max(start, self.settled_until or NEVER), 0)
+
+    def provisional(self, request: Request, lost_ratio: float, silence: int) -> DeviceShare | None:
+        """What settled windows gave it, and what is predicted for the rest; None if it had no step here.
+
+        For `silence` nanoseconds its engine may have worked for it and not have told yet.
+        """
         unseen = self._glance(request)
+        if silence:
+            untold = Tail(0.0, 0.0, self._models.most(silence))
+            unseen = untold if unseen is None and self.tallies.touched(request.slot) else unseen and unseen.plus(untold)
         if not self.tallies.touched(request.slot):
             return None if unseen is None else self._predicted_only(unseen)
         awaited = max(float(self.tallies.awaited[request.slot]), 0.0)
@@ -250,9 +260,14 @@ class DeviceBook:
         self.tallies.lost[slots] += np.maximum(self.tallies.awaited[slots], 0.0)
         return self._shares(slots, lost_ratios, NO_TAIL)
 
-    def nothing(self) -> DeviceShare:
-        """The share of a request that had no step here, where steps are reported: it is known to be 0."""
-        return self._predicted_only(NO_TAIL)
+    def nothing(self, silence: int, open_requests: int) -> DeviceShare:
+        """The share of a request that had no step here, where steps are reported: 0, but for what is not told yet.
+
+        Of that it gets an equal part, for the time being: a figure of 0 would be a false one.
+        """
+        most = self._models.most(silence)
+        each = self._models.busy_watts(self._idle.watts) * silence / 1e3 / open_requests
+        return self._predicted_only(Tail(each, each, max(most - each, 0.0)))
 
     def _predicted_only(self, tail: Tail) -> DeviceShare:
         """The share of a request of which no window has seen anything yet."""

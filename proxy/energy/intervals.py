@@ -21,7 +21,7 @@ NINE_TENTHS = 1.645 * 1.25
 #: The split is never believed more than this, and least of all from a model that has seen few windows.
 _LEAST_SPLIT_ERROR, _SPLIT_ERRORS, _COLD_SPLIT_ERROR, _COLD_WINDOWS = 0.04, 1.5, 0.25, 10.0
 #: A prediction is never believed more than this, and least of all one of a model that has seen few windows.
-_TAIL_ERROR, _COLD_TAIL_ERROR, _COLD_TAIL_WINDOWS = 0.1, 0.9, 5.0
+_TAIL_ERROR, _COLD_TAIL_ERROR, _COLD_TAIL_WINDOWS, _MOST_TAIL_ERROR = 0.1, 0.9, 5.0, 0.8
 
 
 class Tail(NamedTuple):
@@ -63,7 +63,12 @@ def tail_error(window_error: float, doubt: float, windows: float) -> float:
     with, and `windows` how many it has learnt from.
     """
     cold = min(_COLD_TAIL_ERROR, 2 * doubt) / (1 + windows / _COLD_TAIL_WINDOWS)
-    return min(_TAIL_ERROR + NINE_TENTHS * window_error + cold, 1.0)
+    return min(_TAIL_ERROR + NINE_TENTHS * window_error + cold, _MOST_TAIL_ERROR)
+
+
+def tail_of(energy: float, error: float) -> Tail:
+    """A prediction that may be wrong by a factor of 1 - error, in either direction."""
+    return Tail(energy, error * energy, error / (1 - error) * energy)
 
 
 def intervals(doubts: Doubts) -> tuple[Floats, Floats]:

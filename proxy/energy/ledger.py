@@ -398,7 +398,7 @@ class Ledger:
         if known is None:
             return next((each for each in reversed(self._settled) if each.request == request), None)
         ended = known.finished if known.finished is not None else at if at is not None else self._now
-        return self._attribution(known, *self._provisional_shares(known), ended=ended, settled=False)
+        return self._attribution(known, *self._provisional_shares(known, ended), ended=ended, settled=False)
 
     def _attribution(
         self, request: Request, devices: dict[str, DeviceShare], unmeasured: tuple[str, ...],
@@ -409,18 +409,20 @@ class Ledger:
             request.started, Nanoseconds(max(ended, request.started)), devices, unmeasured,
         )  # fmt: skip
 
-    def _provisional_shares(self, request: Request) -> tuple[dict[str, DeviceShare], tuple[str, ...]]:
-        """By device it worked on; a backend that reports steps and had none for it did nothing: 0, and it is known."""
-        backend = self._backend(request.backend)
+    def _provisional_shares(self, request: Request, until: int) -> tuple[dict[str, DeviceShare], tuple[str, ...]]:
+        """By device it worked on; a backend that reports steps and had none for it did nothing, as far as it told."""
+        backend = self._backends[request.backend]
         known_idle = backend.devices if backend.reports else ()
+        told_until = until if backend.relayed else max(backend.reported, request.started)
         lost_ratio = backend.lost_ratio(request)
         shares: dict[str, DeviceShare] = {}
         unmeasured: tuple[str, ...] = ()
         for name, book in self._devices.items():
-            share = book.provisional(request, lost_ratio)
+            silence = book.unsettled(told_until, until) if name in known_idle else 0
+            share = book.provisional(request, lost_ratio, silence)
             if share is None:
                 if name in known_idle:
-                    shares[name] = book.nothing()
+                    shares[name] = book.nothing(silence, len(backend.open) + 1)
             elif book.settled_until is None:
                 unmeasured += (name,)
             else:

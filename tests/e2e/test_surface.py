@@ -179,6 +179,14 @@ def test_a_pipeline_classifies(proxy: Proxy, path: str) -> None:
     assert answer.json() == [[{"label": "POSITIVE", "score": 0.9}]] * 2
 
 
+def test_a_models_name_may_have_a_slash_encoded_or_not(tmp_path: Path) -> None:
+    with running(tmp_path, models=[{**MODELS[2], "name": "org/sentiment"}]) as proxy:
+        for name in ("org/sentiment", "org%2Fsentiment"):
+            assert proxy.client.get(f"/v1/models/{name}").json()["id"] == "org/sentiment"
+            for path in (f"/models/{name}", f"/models/{name}/pipeline/text-classification"):
+                assert proxy.post(path, {"inputs": "one"}).json() == [[{"label": "POSITIVE", "score": 0.9}]]
+
+
 def test_a_pipeline_paints(proxy: Proxy) -> None:
     body = {"inputs": "a cat", "parameters": {"width": 64, "height": 32, "num_inference_steps": 3}}
     answer = proxy.post("/models/painter", body)
