@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -20,8 +19,7 @@ _STREAM_OPTIONS = b'"stream_options":{"include_usage":true}'
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
-@dataclass(slots=True)
-class Headers:
+class Headers(msgspec.Struct):
     """A request's headers that the proxy heeds; everything else about the client stays with the proxy.
 
     `forwarded` are lines for the backend, `raw` are all of them as they came.
@@ -39,8 +37,7 @@ class Headers:
     forwarded: bytes = b""
 
 
-@dataclass(slots=True)
-class Inbound:
+class Inbound(msgspec.Struct):
     """A request that has arrived whole. `key` names the caller's, `model` is the one its path names, if it does."""
 
     headers: Headers
@@ -49,8 +46,7 @@ class Inbound:
     model: str | None
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see.
 
     `form` is set where the body is a multipart form.

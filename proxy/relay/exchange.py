@@ -55,6 +55,12 @@ class Failure:
 class Exchange:
     """One request that a backend is to answer, from its wait for a turn to the receipt."""
 
+    __slots__ = (
+        "_affinity", "_began", "_began_at", "_call", "_deadline", "_first_byte_due", "_forwarding", "_gate", "_key",
+        "_model", "_observation", "_overdue", "_receipt", "_reply", "_route", "_services", "_sifter", "_ticket",
+        "_tried",
+    )  # fmt: skip
+
     def __init__(
         self, services: Services, call: Call, request: Request, affinity: bytes | None, reply: Reply, began: float
     ) -> None:
