@@ -1,7 +1,8 @@
 """What a backend is, as plain data; importing this loads no engine."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +16,7 @@ class BackendSpec:
 
     `devices` are GPU indices as NVML counts them; none means the CPU. `args` are passed to the engine. `python` is the
     interpreter of an environment of its own. `url`, `api_key_env` and `steps` (socket path) belong to `remote`.
+    `replica` and `generation` say which one it is: a backend that takes over from another is of the next generation.
     """
 
     name: str
@@ -29,11 +31,23 @@ class BackendSpec:
     steps: str | None = None
     startup_seconds: float = 600.0
     replica: int = 1
+    generation: int = 1
+
+    @property
+    def seat(self) -> str:
+        """The model's name, with the replica's number from the second on; what takes over from it has the same."""
+        return seat(self.name, self.replica)
 
     @property
     def id(self) -> str:
-        """The name of the backend itself: the model's, with the replica's number from the second on."""
-        return self.name if self.replica == 1 else f"{self.name}-{self.replica}"
+        """The name of the backend itself, which no other has while the proxy lives."""
+        return self.seat if self.generation == 1 else f"{self.seat}@{self.generation}"
+
+    def is_set_like(self, other: "BackendSpec") -> bool:
+        """Whether the two differ in nothing but which one they are."""
+        mine, theirs = (replace(spec, args={}, replica=1, generation=1) for spec in (self, other))
+        # Not by ==, to which 1, 1.0 and True are the same; to an engine's flags they are not.
+        return mine == theirs and _text(self.args) == _text(other.args)
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -77,3 +91,12 @@ class BackendKind(Protocol):
 
 class BackendError(Exception):
     """A backend cannot be started or has failed; the message is one line that names the cause and the cure."""
+
+
+def seat(name: str, replica: int) -> str:
+    """What the backends are called that are, one after the other, this replica of a model."""
+    return name if replica == 1 else f"{name}-{replica}"
+
+
+def _text(args: Mapping[str, Any]) -> str:
+    return json.dumps(args, sort_keys=True, default=str)

@@ -405,7 +405,8 @@ class StepReceiver:
 
     `on_steps(backend, steps)`, `on_loss(backend, steps lost since the last call)` and `on_state(backend, state)` are
     called in the event loop, and `on_unable(backend, why)` when an engine cannot tell its steps (it is logged by
-    default). Only `backends` may report. A malformed message is logged and ends its connection.
+    default). Only `backends` may report (the collection may change meanwhile). A malformed message is logged and ends
+    its connection.
     """
 
     def __init__(
@@ -419,7 +420,7 @@ class StepReceiver:
         on_unable: Callable[[str, str], None] | None = None,
     ) -> None:
         self.path = path
-        self._backends = frozenset(backends)
+        self._backends = backends
         self._on_steps = on_steps
         self._on_loss = on_loss
         self._on_state = on_state

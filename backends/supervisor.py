@@ -61,7 +61,7 @@ class Pace:
 
 
 class Supervisor:
-    """Keeps every backend running on its own: none waits for, or falls with, another.
+    """Keeps every backend running on its own: none waits for, or falls with, another. They may come and go.
 
     `run_dir` is made private to this user; backends report their steps to `steps_socket` in it. `on_change` is called
     in the event loop with each new status.
@@ -80,8 +80,9 @@ class Supervisor:
         self.steps_socket = run_dir / "steps.sock"
         self._on_change = on_change
         self._pace = pace or Pace()
+        self._kinds = kinds
         self._client: aiohttp.ClientSession | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._backends = {spec.id: _Backend(spec, self, kinds) for spec in specs}
 
     @property
@@ -98,20 +99,36 @@ class Supervisor:
         private_directory(self.run_dir)
         _link_package(self.python_path)
         self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._pace.health_timeout))
-        self._tasks = [
-            asyncio.create_task(backend.keep(), name=f"backend {name}") for name, backend in self._backends.items()
-        ]
+        for name in self._backends:
+            self._keep(name)
+
+    def add(self, spec: BackendSpec) -> None:
+        """Begin to start one more backend. Its id is no other's."""
+        self._backends[spec.id] = _Backend(spec, self, self._kinds)
+        self._keep(spec.id)
+
+    async def remove(self, name: str) -> None:
+        """End a backend; it is gone when this returns."""
+        await self._end({self._tasks[name]})
+        del self._tasks[name], self._backends[name]
 
     async def close(self) -> None:
         """End every backend, all at once."""
-        pending = set(self._tasks)
+        await self._end(set(self._tasks.values()))
+        if self._client is not None:
+            await self._client.close()
+
+    def _keep(self, name: str) -> None:
+        self._tasks[name] = asyncio.create_task(self._backends[name].keep(), name=f"backend {name}")
+
+    async def _end(self, pending: "set[asyncio.Task[None]]") -> None:
+        asked = {task for task in pending if task.cancelling()}  # ending already: its process has its grace
         while pending:
-            for task in pending:
+            for task in pending - asked:
                 task.cancel()
             # Before Python 3.12 a library's wait_for may swallow a cancellation: ask again.
             _, pending = await asyncio.wait(pending, timeout=2 * self._pace.grace + 2)
-        if self._client is not None:
-            await self._client.close()
+            asked.clear()
 
     async def wait_ready(self) -> None:
         """Wait until every backend has been ready once; for ever, if one cannot be: put a timeout around it."""
@@ -122,19 +139,24 @@ class Supervisor:
         return {name: backend.status for name, backend in self._backends.items()}
 
     def pids(self) -> Mapping[str, int]:
-        """The process that leads each running backend's group, by the backend's name."""
-        return {name: pid for name, backend in self._backends.items() if (pid := backend.status.pid) is not None}
+        """The process that leads each running backend's group, by the backend's name. From any thread."""
+        backends = list(self._backends.items())  # they may come and go meanwhile
+        return {name: pid for name, backend in backends if (pid := backend.status.pid) is not None}
 
     def suspect(self, name: str) -> None:
         """Have a backend's health checked now: somebody could not reach it."""
-        self._backends[name].doubted.set()
+        backend = self._backends.get(name)
+        if backend is not None:
+            backend.doubted.set()
 
     def unwatched(self, name: str, why: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
-        logger.warning(
-            "%s: its engine cannot tell its steps (%s): its requests are accounted by their tokens", name, why
-        )
-        self._backends[name].mark_unwatched()
+        backend = self._backends.get(name)
+        if backend is not None:
+            logger.warning(
+                "%s: its engine cannot tell its steps (%s): its requests are accounted by their tokens", name, why
+            )
+            backend.mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:
         """Tell who listens; a listener that fails is its own trouble."""

@@ -8,13 +8,16 @@ the metrics). What is kept in memory is bounded by what is open, plus a fixed nu
 import asyncio
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from backends.steps import StepReport
 from proxy.energy.attribution import Attribution, Method
+from proxy.energy.carbon import Intensity
 from proxy.energy.events import (
     UNKNOWN_REQUEST,
     Device,
@@ -30,7 +33,7 @@ from proxy.energy.events import (
 )
 from proxy.energy.ledger import SETTLE_AFTER, EventError, Ledger
 from proxy.energy.quantities import Nanoseconds
-from proxy.energy.receipt import HOST, Accounting, Receipt, Request, Tokens, receipt
+from proxy.energy.receipt import HOST, Accounting, Boundary, Receipt, Request, Tokens, receipt
 
 log = logging.getLogger("joulegate.accounting")
 
@@ -39,8 +42,13 @@ PROXY = "proxy"
 _RECENT_RECEIPTS = 1_000
 #: No meter has told anything for so long.
 _SILENT = Nanoseconds(5_000_000_000)
-#: A receipt still provisional after this long is stored as such, so that a crash loses at most a second of them.
-_STORE_PROVISIONAL_AFTER = Nanoseconds(500_000_000)
+#: A receipt still provisional after this long is stored as such, so that a crash loses little more than a second of
+#: them. Most settle before: windows of the host wait up to half a second for news of who used it.
+_STORE_PROVISIONAL_AFTER = Nanoseconds(750_000_000)
+
+
+#: What is known of the costs of all backends, or of one, on a device.
+Recall = Callable[[Device, str | None], Sequence[Model]]
 
 
 class ReceiptSink(Protocol):
@@ -69,25 +77,31 @@ class Ticket:
     __slots__ = (
         "_accountant",
         "_shares",
+        "_terms",
         "attempts",
         "finished_at",
         "measurable",
         "provisional",
         "request",
-        "stored",
         "tokens",
     )
 
     def __init__(self, accountant: "Accountant", request: Request) -> None:
         self._accountant = accountant
         self._shares: dict[str, Attribution] = {}
+        self._terms = accountant.terms
         self.request = request
         self.attempts: list[str] = []
         self.tokens = Tokens()
         self.measurable = True
         self.provisional: Receipt | None = None
         self.finished_at: Nanoseconds | None = None
-        self.stored = False
+
+    @property
+    def terms(self) -> Accounting:
+        """Those that held when it was opened, for the devices there are now."""
+        now_valid = self._accountant.terms
+        return self._terms if self._terms is now_valid else replace(self._terms, devices=now_valid.devices)
 
     def attempt(self, backend: str) -> str:
         """Begin an attempt on `backend`; returns the id that goes upstream as `X-Request-Id`."""
@@ -107,6 +121,7 @@ class Ticket:
         self.finished_at = now()
         self._accountant.end(self, outcome)
         self.provisional = self.receipt()
+        self._accountant.has_told(self)
         return self.provisional
 
     def take(self, share: Attribution) -> bool:
@@ -115,17 +130,40 @@ class Ticket:
         return self.finished_at is not None and len(self._shares) == len(self.attempts)
 
     def receipt(self) -> Receipt:
-        shares = [self._shares.get(attempt) or self._accountant.share(attempt) for attempt in self.attempts]
-        known = [share for share in shares if share is not None]
-        if not self.measurable or any(self._accountant.is_unmeasured(share, self.finished_at) for share in known):
-            known = [replace(share, devices={}) for share in known]
-        return receipt(self.request, known, self.tokens, self._accountant.terms)
+        settled, of = self._shares, self._accountant.share
+        known = [share for name in self.attempts if (share := settled.get(name) or of(name)) is not None]
+        terms = self.terms
+        if not self.measurable or self._has_failed(known, terms):
+            known = [structs.replace(share, devices={}) for share in known]
+        return receipt(self.request, known, self.tokens, terms)
+
+    def _has_failed(self, shares: Sequence[Attribution], terms: Accounting) -> bool:
+        """Whether a meter that its figures need was not read for so long that they would be false."""
+        if not self._accountant.silent_meters:
+            return False
+        devices = {device for share in shares for device in share.devices if terms.within(device)}
+        return self._accountant.has_failed(devices, self.finished_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """Of some places, which have a meter; and whether all that count have one: the accelerators, if there are any."""
+
+    metered: tuple[str, ...]
+    measurable: bool
+
+    @classmethod
+    def of(cls, places: tuple[str, ...], devices: Mapping[str, Device]) -> "_Survey":
+        accelerators = [place for place in places if place != HOST]
+        measurable = bool(places) and all(place in devices for place in accelerators or places)
+        return cls(tuple(place for place in places if place in devices), measurable)
 
 
 class Accountant:
     """All events go through here, to the ledger and to the recording; settled shares come out as receipts.
 
-    `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one).
+    `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one); it
+    may change meanwhile.
     """
 
     def __init__(
@@ -135,7 +173,7 @@ class Accountant:
         places: Mapping[str, tuple[str, ...]],
         sinks: Sequence[ReceiptSink] = (),
         record: Callable[[Sequence[Event]], None] | None = None,
-        recall: Callable[[Device], Sequence[Model]] | None = None,
+        recall: Recall | None = None,
     ) -> None:
         self._ledger = ledger
         self.terms = terms
@@ -145,10 +183,14 @@ class Accountant:
         self._recall = recall
         self._devices: dict[str, Device] = dict(terms.devices)
         self._sampled: dict[str, Nanoseconds] = {}  # by device, when its meter was last read
+        self.silent_meters: frozenset[str] = frozenset()
+        """Those that were not read for so long that the ledger waits for them no more."""
+        self._surveys: dict[tuple[str, ...], _Survey] = {}
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: dict[str, bool] = {}
         self._finished_since: dict[str, bool] = {}
-        self._unsettled: OrderedDict[str, Ticket] = OrderedDict()
+        self._unsettled: dict[str, Ticket] = {}
+        self._told: deque[tuple[Nanoseconds, Ticket]] = deque()
         self._recent: OrderedDict[str, Receipt] = OrderedDict()
         self._waiting: dict[str, list[asyncio.Future[Receipt]]] = {}
         self._proxy_until = now()
@@ -163,7 +205,8 @@ class Accountant:
 
     def begin(self, ticket: Ticket, attempt: str, backend: str) -> None:
         measurable = self._measurable(backend)
-        ticket.measurable = ticket.measurable and measurable
+        if not measurable:
+            ticket.measurable = False
         self._tickets[attempt] = ticket
         self._in_flight[attempt] = measurable
         self._unsettled[ticket.request.id] = ticket
@@ -176,28 +219,45 @@ class Accountant:
 
     def end(self, ticket: Ticket, outcome: Outcome) -> None:
         for attempt in ticket.attempts:
-            if attempt in self._in_flight:
-                self._finished_since[attempt] = self._in_flight.pop(attempt)
+            measurable = self._in_flight.pop(attempt, None)
+            if measurable is not None:
+                self._finished_since[attempt] = measurable
         self.apply(Finish(ticket.attempts[-1], ticket.finished_at or now(), outcome))
+
+    def has_told(self, ticket: Ticket) -> None:
+        """The client has its receipt; as long as that is all there is of it, it may have to be stored so."""
+        self._told.append((ticket.finished_at or now(), ticket))
 
     def share(self, attempt: str) -> Attribution | None:
         return self._ledger.attribution(attempt, now())
 
-    def is_unmeasured(self, share: Attribution, finished_at: Nanoseconds | None) -> bool:
-        """Whether a meter of it failed before its end, for so long that the ledger does not wait for it any more."""
+    def has_failed(self, devices: Collection[str], finished_at: Nanoseconds | None) -> bool:
+        """Whether a meter failed before a request's end, for so long that the ledger does not wait for it any more."""
+        devices = self.silent_meters.intersection(devices)
         at = now()
         needed = min(at if finished_at is None else finished_at, Nanoseconds(at - SETTLE_AFTER))
-        return any(self._sampled.get(device, 0) < needed for device in share.devices if self.terms.within(device))
+        return any(self._sampled.get(device, 0) < needed for device in devices)
 
-    def expectation(self, backend: str, *, reports_steps: bool) -> Expectation:
+    def expectation(self, backend: str, terms: Accounting, *, reports_steps: bool) -> Expectation:
         """The provenance to announce before any energy is known."""
-        places = [place for place in self._places.get(backend, ()) if self.terms.within(place)]
+        places = [place for place in self._places.get(backend, ()) if terms.within(place)]
         devices = [self._devices[place] for place in places if place in self._devices]
         if not devices or not self._measurable(backend):
             return Expectation(None, None)
         measured: Method = "measured-steps" if reports_steps else "measured-tokens"
         method = "estimated" if all(device.estimated for device in devices) else measured
         return Expectation(method, "+".join(dict.fromkeys(device.meter for device in devices)))
+
+    # what may change while it runs
+
+    def adopt(self, boundary: Boundary, pue: float, intensity: Intensity) -> None:
+        """Other terms, for requests that are yet to come."""
+        self.terms = replace(self.terms, boundary=boundary, pue=pue, intensity=intensity)
+
+    def introduce(self, backend: str) -> None:
+        """One more backend, of which `places` knows: tell the ledger what is known of its costs."""
+        for device in self._devices.values():
+            self._remember(device, backend)
 
     # events
 
@@ -303,27 +363,41 @@ class Accountant:
     def _measurable(self, backend: str) -> bool:
         """Whether every device that this backend works on has a meter: half a figure would be a false one."""
         places = self._places.get(backend, ())
-        accelerators = [place for place in places if place != HOST]
-        return bool(places) and all(place in self._devices for place in accelerators or places)
+        return self._surveyed(places).measurable
 
     def _metered(self, backend: str, devices: tuple[str, ...]) -> tuple[str, ...]:
         if HOST not in devices and HOST in self._places.get(backend, ()):
             devices = (*devices, HOST)
-        return tuple(device for device in devices if device in self._devices)
+        return self._surveyed(devices).metered
+
+    def _surveyed(self, places: tuple[str, ...]) -> "_Survey":
+        """Kept until there is another device: every request asks."""
+        known = self._surveys.get(places)
+        if known is None:
+            known = self._surveys[places] = _Survey.of(places, self._devices)
+        return known
 
     def _advance(self) -> None:
         """Where no sample tells the ledger the time, the clock does; else it acts on events alone, as a replay does."""
         at = now()
         if at - max(self._sampled.values(), default=Nanoseconds(0)) > _SILENT:
             self._ledger.advance(at)
+        self.silent_meters = frozenset(
+            device for device in self._devices if self._sampled.get(device, 0) < at - SETTLE_AFTER
+        )
 
     def _found(self, device: Device) -> None:
         """A device is there, or is told of anew; at first, what is known of the backends' costs on it goes with it."""
         new = device.device not in self._devices
         self._devices[device.device] = device
+        self._surveys.clear()
         self.terms = replace(self.terms, devices=dict(self._devices))
         self.apply(device)
-        for model in self._recall(device) if new and self._recall is not None else ():
+        if new:
+            self._remember(device, None)
+
+    def _remember(self, device: Device, backend: str | None) -> None:
+        for model in self._recall(device, backend) if self._recall is not None else ():
             self.apply(model)
 
     def _charge_proxy(self) -> None:
@@ -357,14 +431,13 @@ class Accountant:
                 future.set_result(final)
 
     def _store_the_slow(self) -> None:
+        """Those that take longer to settle are stored as the client was told, in the order they ended."""
         horizon = now() - _STORE_PROVISIONAL_AFTER
-        for ticket in self._unsettled.values():
-            if ticket.finished_at is None or ticket.stored:
-                continue
-            if ticket.finished_at < horizon:
-                ticket.stored = True
+        while self._told and self._told[0][0] < horizon:
+            _, ticket = self._told.popleft()
+            if ticket.provisional is not None and ticket.request.id in self._unsettled:
                 for sink in self._sinks:
-                    sink.still_provisional(ticket.receipt())
+                    sink.still_provisional(ticket.provisional)
 
     def _stop_waiting(self, id: str, future: "asyncio.Future[Receipt]") -> None:
         waiting = self._waiting.get(id)

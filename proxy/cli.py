@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 it failed, 2 bad input or usage; errors are one line on standard error."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -57,16 +58,27 @@ def serve(
     record: Annotated[Path | None, typer.Option(help="Write a trace of all samples and steps to this file.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Start the backends and the proxy."""
+    """Start the backends and the proxy. SIGHUP has the configuration file read again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # until there is something that can heed it
     from proxy.serve import run  # noqa: PLC0415 - the other commands need no server
+    from proxy.settings import check  # noqa: PLC0415
 
     if host == "":
         raise typer.BadParameter("should name an address; an empty one would be every address", param_hint="--host")
-    settings = _configuration(config)
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    settings = settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+
+    def settings() -> "Config":
+        read = _configuration(config)
+        return read.model_copy(update={"server": read.server.model_copy(update=changes)})
+
+    def read_again() -> "Config":
+        read = settings()
+        check(read)
+        return read
+
+    first = settings()
     _set_up_logging(log_level)
-    run(settings, record)
+    run(first, record, read_again if config is not None else None)
 
 
 @app.command("check-config")

@@ -43,6 +43,7 @@ class Server(_Section):
     metrics: bool = True
     timeouts: Timeouts = Timeouts()
     drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    keep_alive_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0  # a stream's longest silence; 0: as long as it is
 
 
 class Key(_Section):

@@ -7,6 +7,7 @@ was learnt of one model or one GPU is not believed of another.
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,48 +51,56 @@ _IDLE_RATIO = 0.12
 
 
 class Learnt:
-    """The file at `path` (None: nothing is kept), and priors for `specs`."""
+    """The file at `path` (None: nothing is written), and priors for `specs`, which may change meanwhile."""
 
     def __init__(self, path: Path | None, specs: Mapping[str, BackendSpec]) -> None:
         self._path = path
         self._specs = specs
         self._names: dict[str, str] = {}
+        self._keeping = threading.Lock()
         self._kept = dict(_read(path)) if path is not None else {}
 
-    def recall(self, device: Device) -> list[Model]:
-        """What is known of the backends on a device that has just been found."""
+    def recall(self, device: Device, backend: str | None = None) -> list[Model]:
+        """What is known of the backends (or of one that is new) on a device."""
         self._names[device.device] = device.name
         found: list[Model] = []
-        for backend, spec in self._specs.items():
-            kept = self._kept.get(_key(backend, spec, device.device, device.name))
+        for name, spec in self._specs.items() if backend is None else [(backend, self._specs[backend])]:
+            kept = self._kept.get(_key(spec, device.device, device.name))
             prior = kept or _prior(spec, device)
             if prior:
-                found.append(Model(backend, device.device, prior))
+                found.append(Model(name, device.device, prior))
         return found
 
     def keep(self, models: Iterable[Model]) -> None:
-        """Write what is known now; a file that cannot be written is logged and costs nothing else."""
-        if self._path is None:
-            return
-        for model in models:
-            spec = self._specs.get(model.backend)
-            if spec is not None:
-                name = self._names.get(model.device, "")
-                self._kept[_key(model.backend, spec, model.device, name)] = dict(model.coefficients)
+        """Remember and write what is known now; a file that cannot be written is logged and costs nothing else.
+
+        From any thread.
+        """
+        with self._keeping:
+            for model in models:
+                spec = self._specs.get(model.backend)
+                if spec is not None:
+                    name = self._names.get(model.device, "")
+                    self._kept[_key(spec, model.device, name)] = dict(model.coefficients)
+            if self._path is not None:
+                self._write(self._path)
+
+    def _write(self, path: Path) -> None:
         rows = [{"of": key, "coefficients": coefficients} for key, coefficients in self._kept.items()]
-        fresh = self._path.with_suffix(".new")
+        fresh = path.with_suffix(".new")
         try:
             fresh.write_text(json.dumps(rows))
-            os.replace(fresh, self._path)
+            os.replace(fresh, path)
         except OSError as error:
-            log.warning("what was learnt of the backends' costs cannot be kept in %s: %s", self._path, error.strerror)
+            log.warning("what was learnt of the backends' costs cannot be kept in %s: %s", path, error.strerror)
 
 
 Key = tuple[str, str, str, str]
 
 
-def _key(backend: str, spec: BackendSpec, device: str, name: str) -> Key:
-    return backend, f"{spec.kind}:{spec.model or spec.url}", device, name
+def _key(spec: BackendSpec, device: str, name: str) -> Key:
+    """By its seat: what takes over from a backend, and runs the same model, goes on with what that had learnt."""
+    return spec.seat, f"{spec.kind}:{spec.model or spec.url}", device, name
 
 
 def _read(path: Path) -> Iterator[tuple[Key, dict[str, float]]]:

@@ -2,9 +2,15 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
+import os
 import signal
 import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +29,8 @@ from proxy.routing.registry import ServedModel
 
 log = logging.getLogger("joulegate")
 
+#: Of uvicorn's.
+_TICKS_PER_SECOND = 10
 #: After the drain, for answers that are no model's.
 _GRACE_SECONDS = 2
 
@@ -45,8 +53,18 @@ class CannotStart(JoulegateError):
     """A part of the node could not be started; the message says which and why."""
 
 
-def run(config: Config, record: Path | None) -> None:
-    """Serve until told to stop; raises CannotListen or CannotStart."""
+#: What lives as long as the proxy is left out of collections, and those of what requests leave behind are rarer: by
+#: far the most of it is freed by counting references alone.
+_COLLECTED_AFTER = 20_000
+
+#: Seconds after which a thread must let another run, if that waits: the one that writes receipts holds the interpreter
+#: for long stretches otherwise, and every request meanwhile waits for it.
+_SWITCH_SECONDS = 0.0005
+
+
+def run(config: Config, record: Path | None, reread: Callable[[], Config] | None = None) -> None:
+    """Serve until told to stop; raises CannotListen or CannotStart. On SIGHUP `reread` gives a configuration anew."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn ends in good order on SIGTERM and then raises it again, for whoever would want to die of it.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with (
@@ -54,7 +72,7 @@ def run(config: Config, record: Path | None) -> None:
         _listen(config.server.host, config.server.port) as listening,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_serve(config, record, listening))
+        runner.run(_serve(Node(config, reread=reread, recorder=Recorder(record) if record else None), listening))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -77,12 +95,20 @@ class DrainingServer(uvicorn.Server):
     Meanwhile it still listens, so that `/ready` and new requests are told that it is draining.
     """
 
-    def __init__(self, intake: Intake, seconds: float, config: uvicorn.Config) -> None:
+    def __init__(self, intake: Intake, seconds: Callable[[], float], config: uvicorn.Config) -> None:
         super().__init__(config)
         self._intake = intake
         self._seconds = seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_PER_SECOND == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.close_if_idle(now)
+        return await super().on_tick(counter)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -99,11 +125,12 @@ class DrainingServer(uvicorn.Server):
         self._drain = asyncio.ensure_future(self._drained(sig))
 
     async def _drained(self, sig: int) -> None:
+        seconds = self._seconds()
         if self._intake.under_way:
-            log.info("draining: %d requests under way, %g s at most", self._intake.under_way, self._seconds)
-        left = await self._intake.drain(self._seconds)
+            log.info("draining: %d requests under way, %g s at most", self._intake.under_way, seconds)
+        left = await self._intake.drain(seconds)
         if left:
-            log.warning("%d requests did not finish within %g s and are broken off", left, self._seconds)
+            log.warning("%d requests did not finish within %g s and are broken off", left, seconds)
         super().handle_exit(sig, None)
 
 
@@ -111,10 +138,11 @@ def http_server(node: Node) -> uvicorn.Server:
     """The server of a node, as yet without a socket."""
     return DrainingServer(
         node.intake,
-        node.config.server.drain_seconds,
+        lambda: node.config.server.drain_seconds,
         uvicorn.Config(
             node.asgi,
-            http=Protocol,
+            interface="asgi3",
+            http=partial(Protocol, edge=node.edge),  # type: ignore[arg-type] # it is only ever called
             ws="none",
             lifespan="on",
             log_config=None,
@@ -125,9 +153,9 @@ def http_server(node: Node) -> uvicorn.Server:
     )
 
 
-async def _serve(config: Config, record: Path | None, listening: socket.socket) -> None:
-    node = Node(config, recorder=Recorder(record) if record else None)
+async def _serve(node: Node, listening: socket.socket) -> None:
     server = http_server(node)
+    _heed_hangups(node, server)
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     greeting = asyncio.create_task(_greet(node, address))
@@ -141,10 +169,38 @@ async def _serve(config: Config, record: Path | None, listening: socket.socket) 
         greeting.cancel()
 
 
+def _heed_hangups(node: Node, server: uvicorn.Server) -> None:
+    """SIGHUP asks for a reload, unless it tells that the terminal we were started from is gone: that ends us.
+
+    With nohup it does not.
+    """
+    ends = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
+
+    def hung_up() -> None:
+        if ends and not _has_terminal():
+            server.handle_exit(signal.SIGTERM, None)
+        else:
+            node.reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])  # held back since the command began
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 async def _greet(node: Node, address: str) -> None:
     """Say where it listens at once, and how to try it when the models are loaded."""
     console = Console(highlight=False, soft_wrap=True)
     await node.started.wait()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECTED_AFTER, 20, 20)
     console.print(f"\n[bold]Joulegate[/] listens on [bold]{address}[/]   API documentation: {address}/docs")
     for line in _meter_lines(node):
         console.print(line)

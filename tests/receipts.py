@@ -1,8 +1,8 @@
 """Receipts to test with: the design's example, and variations of it."""
 
-import dataclasses
+from msgspec import structs
 
-from proxy.energy.carbon import Equivalents, Intensity
+from proxy.energy.carbon import Intensity
 from proxy.energy.quantities import Grams, GramsPerKilowattHour, Microjoules, Seconds
 from proxy.energy.receipt import Figures, Parts, Receipt, Request, Status, Tokens
 
@@ -23,7 +23,6 @@ def example() -> Receipt:
         meters={"gpu:0": "nvml-counter", "host": "rapl"},
         attribution_ratio=0.21,
         operational=Grams(0.000192),
-        equivalents=Equivalents(0.000156, 0.000795, 0.0114),
     )
     return Receipt(
         request=Request(ID, model="chat", task="chat", endpoint="/v1/chat/completions", created=1_700_000_000.0),
@@ -39,7 +38,7 @@ def example() -> Receipt:
 
 def unavailable() -> Receipt:
     """A request that no meter saw."""
-    return dataclasses.replace(example(), status="unavailable", figures=None)
+    return structs.replace(example(), status="unavailable", figures=None)
 
 
 def receipt(
@@ -55,9 +54,9 @@ def receipt(
     """The example under another name, with another GPU energy (µJ)."""
     base = example()
     assert base.figures is not None
-    return dataclasses.replace(
+    return structs.replace(
         base,
-        request=dataclasses.replace(base.request, id=name, created=created, model=model, task=task, key=key),
+        request=structs.replace(base.request, id=name, created=created, model=model, task=task, key=key),
         status=status,
-        figures=dataclasses.replace(base.figures, parts=dataclasses.replace(base.figures.parts, gpu=Microjoules(gpu))),
+        figures=structs.replace(base.figures, parts=structs.replace(base.figures.parts, gpu=Microjoules(gpu))),
     )

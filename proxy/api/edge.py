@@ -1,21 +1,23 @@
-"""The edge: what every request passes first. Pure ASGI, around the model endpoints and the FastAPI application.
+"""The edge: what every request passes first, be it for the relay or for a page.
 
-It refuses names a browser could be tricked into using (DNS rebinding), foreign origins and unknown keys, sends model
-endpoints straight to the relay, and turns whatever goes wrong unforeseen into a well-formed error.
+It refuses names a browser could be tricked into using (DNS rebinding), foreign origins and unknown keys, and knows
+which requests are for the relay. As an ASGI application it stands around the pages and turns whatever goes wrong
+unforeseen into a well-formed error.
 """
 
 import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.api.auth import Authenticator
+from proxy.api.auth import Authenticator, Caller
 from proxy.errors import ApiError, Forbidden, InvalidRequest
+from proxy.relay.call import Headers, read_headers
 from proxy.relay.relay import Relay
-from proxy.relay.reply import Reply
 
 log = logging.getLogger("joulegate.api")
 
@@ -23,9 +25,21 @@ _HUB = "/models/"
 #: What a probe or a scraper may read without a key; `/metrics` has a switch of its own.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
+#: Headers of ours that a page of another origin may read, where such pages are allowed at all.
+EXPOSED = [
+    "X-Request-Id", "X-Client-Request-Id", "X-Energy-Joules", "X-Energy-Interval-Joules", "X-Energy-Method",
+    "X-Energy-Meter", "X-Energy-Boundary", "X-Energy-Status", "X-Carbon-Grams", "X-Carbon-Intensity",
+    "Carbon-Emissions-Scope-2", "Link", "openai-processing-ms",
+]  # fmt: skip
+_CORS_LINES = (
+    b"access-control-allow-origin: %b\r\naccess-control-expose-headers: "
+    + ", ".join(EXPOSED).encode()
+    + b"\r\nvary: Origin\r\n"
+)
+
 
 class Edge:
-    """Dispatches by exact path: the relay's endpoints first, everything else to `pages`."""
+    """Knows the relay's endpoints by exact path; everything else is for `pages`."""
 
     def __init__(
         self,
@@ -39,36 +53,66 @@ class Edge:
         """`pipeline_of` is what answers `/models/{model}` for a model of this name."""
         self._pages = pages
         self._relays = relays
+        self._pipeline_of = pipeline_of
+        self.go_by(authenticator, allowed_hosts, origins)
+
+    def go_by(self, authenticator: Authenticator, allowed_hosts: Sequence[str], origins: Sequence[str]) -> None:
+        """Admit requests by these from now on, on connections that are there already too."""
         self._authenticator = authenticator
         self._hosts = frozenset(name.lower() for name in ("localhost", socket.gethostname(), *allowed_hosts))
         self._origins = frozenset(origins)
-        self._pipeline_of = pipeline_of
         self._known_hosts: set[bytes] = set()
+
+    def find(self, url: bytes) -> tuple[Relay, str | None] | None:
+        """What serves a request's target, and the model that its path names, if it does; None for the pages.
+
+        The path must stand there as it is: one that only decoding makes an endpoint's is none.
+        """
+        path = url.partition(b"?")[0].decode("latin-1")
+        relay = self._relays.get(path)
+        if relay is not None:
+            return relay, None
+        return self._pipeline(path) if path.startswith(_HUB) else None
+
+    def admit(self, headers: Headers, version: str) -> Caller:
+        """Whose request it is; `version` is HTTP's. Raises Forbidden, or InvalidRequest without a host."""
+        self._check_host(headers.host, version)
+        if headers.origin is not None:
+            self._check_origin(headers.origin, headers.host)
+        return self._authenticator.identify(headers.authorization, headers.api_key)
+
+    def cors_lines(self, headers: Headers) -> bytes:
+        """What lets a page of an allowed origin read an answer."""
+        origin = headers.origin
+        return _CORS_LINES % origin if origin is not None and origin.decode("latin-1") in self._origins else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._pages(scope, receive, send)
             return
-        relay = self._relays.get(scope["path"]) or self._pipeline(scope)
+        found = self.find(scope["raw_path"])
         try:
-            self._admit(scope)
-            if relay is not None and scope["method"] != "POST":
+            headers = read_headers(scope["headers"])
+            if scope["path"] not in _OPEN_PATHS:
+                caller = self.admit(headers, scope["http_version"])
+                scope["joulegate.key"], scope["joulegate.admin"] = caller.name, caller.admin
+            else:
+                self._check_host(headers.host, scope["http_version"])
+            if found is not None:
                 raise InvalidRequest("Use POST for this path.", status=405, headers={"Allow": "POST"})
         except ApiError as error:
-            await _refuse(error, relay, send)
+            await _refuse(error, found[0] if found else None, scope, receive, send)
             return
-        await self._serve(relay, scope, receive, send)
+        await self._page(scope, receive, send)
 
-    def _pipeline(self, scope: Scope) -> Relay | None:
+    def _pipeline(self, path: str) -> tuple[Relay, str] | None:
         """The Hub's paths, which hold the model's name: `/models/{model}` and `/models/{model}/pipeline/{task}`."""
-        path: str = scope["path"]
-        if not path.startswith(_HUB):
-            return None
         model, named, task = path.removeprefix(_HUB).rpartition("/pipeline/")
-        scope["joulegate.model"] = model = model if named else task
-        return self._relays.get(f"{_HUB}{{model}}/pipeline/{task}") if named else self._pipeline_of(model)
+        model = unquote(model if named else task)
+        relay = self._relays.get(f"{_HUB}{{model}}/pipeline/{task}") if named else self._pipeline_of(model)
+        return None if relay is None else (relay, model)
 
-    async def _serve(self, relay: Relay | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watched(message: Message) -> None:
@@ -77,33 +121,21 @@ class Edge:
             await send(message)
 
         try:
-            await (relay(scope, receive, watched) if relay else self._pages(_as_get(scope), receive, watched))
+            await self._pages(_as_get(scope), receive, watched)
         except Exception:
             log.exception("an error of our own on %r", scope["path"])
             if started:
                 raise
-            await _refuse(ApiError("The proxy failed. Its log says more.", code="internal_error"), relay, send)
+            await _refuse(
+                ApiError("The proxy failed. Its log says more.", code="internal_error"), None, scope, receive, send
+            )
 
-    def _admit(self, scope: Scope) -> None:
-        host = origin = authorization = api_key = None
-        for name, value in scope["headers"]:
-            if name == b"host":
-                host = value
-            elif name == b"origin":
-                origin = value
-            elif name == b"authorization":
-                authorization = value
-            elif name == b"x-api-key":
-                api_key = value
-        self._check_host(host)
-        if origin is not None:
-            self._check_origin(origin, host)
-        if scope["path"] not in _OPEN_PATHS:
-            caller = self._authenticator.identify(authorization, api_key)
-            scope["joulegate.key"], scope["joulegate.admin"] = caller.name, caller.admin
-
-    def _check_host(self, host: bytes | None) -> None:
-        if host is None or host in self._known_hosts:
+    def _check_host(self, host: bytes | None, version: str) -> None:
+        if host in self._known_hosts:
+            return
+        if host is None:
+            if version != "1.0":
+                raise InvalidRequest("A request of HTTP/1.1 has a Host header.")
             return
         name = _host_name(host)
         if name not in self._hosts and not _is_address(name):
@@ -125,9 +157,10 @@ def _as_get(scope: Scope) -> Scope:
     return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
-async def _refuse(error: ApiError, relay: Relay | None, send: Send) -> None:
+async def _refuse(error: ApiError, relay: Relay | None, scope: Scope, receive: Receive, send: Send) -> None:
     """In the envelope of the path's API."""
-    await Reply(send, "").error(error, [], relay.envelope(error) if relay is not None else error.encode())
+    body = relay.envelope(error) if relay is not None else error.encode()
+    await Response(body, error.status, error.headers, media_type="application/json")(scope, receive, send)
 
 
 def _authority(origin: str) -> str:

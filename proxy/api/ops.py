@@ -23,10 +23,12 @@ async def ready(here: Here) -> JSONResponse:
     if here.intake.draining:
         return JSONResponse({"status": "draining", "missing": {}}, 503, headers={"Retry-After": "5"})
     missing = here.registry.missing()
+    # A model that has come by a reload must not take the node, and all others with it, out of a load balancer.
+    coming = {name: missing.pop(name) for name in here.registry.newcomers if name in missing}
     if missing:
-        body = {"status": "not ready", "missing": missing}
+        body = {"status": "not ready", "missing": missing, "coming": coming}
         return JSONResponse(body, 503, headers={"Retry-After": "2"})
-    return JSONResponse({"status": "ready", "missing": {}})
+    return JSONResponse({"status": "ready", "missing": {}, "coming": coming})
 
 
 @router.get(

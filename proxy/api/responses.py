@@ -10,7 +10,7 @@ from proxy.api.context import Context, context
 from proxy.api.openapi import BACKEND_ERRORS, FORWARDED
 from proxy.errors import ApiError, NotFound, Unavailable, UpstreamFailed
 from proxy.relay import refusals
-from proxy.relay.reply import passed_back
+from proxy.relay.reply import stays_behind
 from proxy.relay.responses import StoredResponse
 from proxy.relay.upstream import Answer, BrokeOff, Unreachable
 
@@ -66,8 +66,12 @@ def _lives(stored: StoredResponse, here: Context) -> bool:
 
 
 async def _passed(answer: Answer) -> Response:
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in passed_back(answer.headers)}
-    if answer.content_type.startswith("text/event-stream"):
+    headers = {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in answer.headers
+        if not stays_behind(name.lower())
+    }
+    if answer.content_type.startswith(b"text/event-stream"):
         return StreamingResponse(answer.chunks(), answer.status, headers)
     body = await answer.whole()
     if answer.status >= 300:
@@ -77,5 +81,5 @@ async def _passed(answer: Answer) -> Response:
 
 def _refused(answer: Answer, body: bytes) -> ApiError:
     if answer.status >= 400:
-        return refusals.translate(answer.status, body, answer.header("Retry-After"))
+        return refusals.translate(answer.status, body, answer.header("retry-after"))
     return UpstreamFailed(f"The backend answered with a redirect ({answer.status}).")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from proxy.energy.events import Outcome
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
 
@@ -13,8 +15,7 @@ Method = Literal["measured-steps", "measured-tokens", "measured-window", "estima
 METHODS: tuple[Method, ...] = ("measured-steps", "measured-tokens", "measured-window", "estimated")
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceShare:
+class DeviceShare(msgspec.Struct, frozen=True, gc=False):
     """A request's energy on one device.
 
     `active` is its share of the device while it was served, within `low`..`high`; `marginal` leaves out its equal part
@@ -30,9 +31,11 @@ class DeviceShare:
     meanwhile: Microjoules
 
 
-@dataclass(frozen=True, slots=True)
-class Attribution:
-    """One request's (or attempt's) energy by device. `settled` figures never change again."""
+class Attribution(msgspec.Struct, frozen=True, gc=False):
+    """One request's (or attempt's) energy by device. `settled` figures never change again.
+
+    On `unmeasured` devices it worked, or may have worked, while no meter was read: what it used there nobody knows.
+    """
 
     request: str
     backend: str
@@ -42,6 +45,7 @@ class Attribution:
     started: Nanoseconds
     ended: Nanoseconds
     devices: Mapping[str, DeviceShare]
+    unmeasured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from proxy.energy.events import Step
+from proxy.energy.pending import Ints
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.registry import NEVER, Request
 
@@ -27,10 +30,10 @@ class Backend:
     reports_lost: int = 0
     reported: int = NEVER
     relayed: bool = False
-    requests: Sequence[str] = ()  # of its latest step, with their slots: a batch changes seldom
-    slots: list[int] = field(default_factory=list)
+    requests: Sequence[str] = ()  # of its latest batch, with their slots: a batch changes seldom
+    slots: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     slots_version: int = -1
-    _reported_of: dict[str, int] = field(default_factory=dict)
+    _silent: Request | None = None
     _last_finish: int = NEVER
     _unheard: int = 0
     _recent: OrderedDict[tuple[int, int], Step] = field(default_factory=OrderedDict)
@@ -43,7 +46,6 @@ class Backend:
         """The request is finished, settled, or another backend's."""
         if self.open.pop(request.request, None) is not None and not self.reports:
             self._unheard += 1
-        self._reported_of.pop(request.request, None)
         if request.finished is not None:
             self._last_finish = max(self._last_finish, request.finished)
 
@@ -54,8 +56,9 @@ class Backend:
         if step.source == "relay":
             self.relayed = True
             for name in step.requests:
-                if name in self.open:
-                    self._reported_of[name] = max(step.ended, self._reported_of.get(name, NEVER))
+                request = self.open.get(name)
+                if request is not None and request.reported < step.ended:
+                    request.reported = step.ended
 
     def has_heard(self, step: Step) -> bool:
         """Whether this very step was reported lately; from now on it was."""
@@ -77,15 +80,20 @@ class Backend:
         received, lost = self.reports - request.reports_before[0], self.reports_lost - request.reports_before[1]
         return lost / (lost + received) if lost else 0.0
 
-    def horizon(self, end: Nanoseconds, now: int) -> int:
-        """Up to when its work is known, seen from a window that ends at `end`, where requests are announced."""
+    def knows_all_until(self, end: int, now: int) -> bool:
+        """Whether its work is known up to the end of a window, where requests are announced."""
         working = next(iter(self.open.values()), None)
         if working is not None and working.started < end:
-            return self._least_reported(end) if self.relayed else self.reported
-        if now >= self._last_finish + GRACE:
-            return max(self.reported, now - GRACE)
-        return self.reported
+            return not self._is_one_silent(end) if self.relayed else self.reported >= end
+        return self.reported >= end or (now >= self._last_finish + GRACE and now - GRACE >= end)
 
-    def _least_reported(self, end: Nanoseconds) -> int:
-        seen = self._reported_of
-        return min((seen.get(name, r.started) for name, r in self.open.items() if r.started < end), default=NEVER)
+    def _is_one_silent(self, end: int) -> bool:
+        """Whether an open request that began before `end` has not been observed up to it; mostly the same as before."""
+        if (known := self._silent) is not None and self.open.get(known.request) is known and _is_silent(known, end):
+            return True
+        self._silent = next((request for request in self.open.values() if _is_silent(request, end)), None)
+        return self._silent is not None
+
+
+def _is_silent(request: Request, end: int) -> bool:
+    return request.started < end and request.reported < end

@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
-from proxy.energy.intervals import split_error
+from proxy.energy.intervals import Tail, split_error, tail_of
 from proxy.energy.pending import Alone, Floats, Steps
 from proxy.energy.registry import PROXY_INDEX
-from proxy.energy.step_model import DURATION, ENERGY, StepModel
+from proxy.energy.step_model import DURATION, ENERGY, PriceOfOne, StepModel
 
 #: Where nothing is known yet, a device idles at this part of its busy power (an assumption; the interval says so).
 IDLE_GUESS = 0.25
+#: The proxy's own part of a busy device's power, where CPU time does not tell.
+PROXY_PART = 0.05
+#: The most that a device is thought to draw while nobody has seen it busy (assumed: no accelerator of today, nor the
+#: processors of one host, draw more).
+PLAUSIBLE_WATTS = 1_500.0
+#: How many times its usual busy power a device may draw for a moment.
+_MUCH = 2.0
 _SIZE = len(ENERGY)
 _HORIZON = 600.0
 _SIGMA = 0.04
@@ -59,11 +66,15 @@ class CostModels:
         self.window_error = 0.3
         self.version = 0
         """Prices of one version are the same."""
+        self._prices: dict[int, PriceOfOne | None] = {}
+        self._tail_errors: dict[int, float | None] = {}
+        self._prices_version = 0
 
     def recall(self, backend: int, coefficients: Mapping[str, float]) -> None:
         """Begin with these coefficients: a prior, or what was learnt before. What runs already knows better."""
         if backend not in self._order:
             self._models[backend] = StepModel(coefficients)
+            self.version += 1
 
     def busy_watts(self, idle_watts: float | None) -> float:
         """The power of the device while steps run, as far as it is known."""
@@ -102,12 +113,64 @@ class CostModels:
             prices[by_time] = timed[by_time] * watts * length / 1e3 / steps.count[owner]
         return prices
 
-    def price_alone(self, step: Alone, timed: float, idle_watts: float | None) -> float:
-        """The same for one step of one participant, cheaply. A backend with no coefficients yet is priced by time."""
-        model = self._models.get(step.backend)
-        if timed > 0 or model is None or self._fit is None or step.backend not in self._order:
-            return (timed or 1.0) * self.busy_watts(idle_watts) * (step.ended - step.started) / 1e3
-        return step.repeat * model.price_alone(step.tokens, step.context, self._fitted(step.backend).tolist()) * 1e6
+    def tail(self, backend: int, energy: float, length: int) -> Tail:
+        """How sure a prediction of so many microjoules is, for steps of a backend of so many nanoseconds in all."""
+        error = self._tail_error(backend)
+        return self._anything(energy, length) if error is None else tail_of(energy, error)
+
+    def tail_alone(self, step: Alone, timed: float, idle_watts: float | None) -> Tail:
+        """The prediction for one step of one participant, cheaply.
+
+        `timed` is 0 if its work is known: then it is priced as the model says; else, or where that says nothing yet, by
+        time: at this part of the device's busy power.
+        """
+        backend, started, ended, repeat, _, tokens, context = step
+        length = ended - started
+        price = None if timed > 0 else self._price_of_one(backend)
+        if price is not None:
+            return self.tail(backend, repeat * price.joules(tokens, context) * 1e6, length)
+        part = timed or 1.0
+        energy = part * self.busy_watts(idle_watts) * length / 1e3
+        if self._busy_watts is None:
+            return self._anything(energy, round(length * min(part / PROXY_PART, 1.0)))
+        return tail_of(energy, _TIMED_ERROR)
+
+    def _anything(self, energy: float, length: int) -> Tail:
+        """Nobody knows yet what this device draws when it is busy: anything that is possible."""
+        return Tail(energy, energy, max(PLAUSIBLE_WATTS * length / 1e3 - energy, energy))
+
+    def most(self, length: int) -> float:
+        """The most that steps nobody has told of may use in so many nanoseconds."""
+        watts = PLAUSIBLE_WATTS if self._busy_watts is None else _MUCH * self._busy_watts
+        return watts * length / 1e3
+
+    def _tail_error(self, backend: int) -> float | None:
+        """Relative error of what is predicted for a backend's steps; None where nothing is known of it."""
+        self._keep_prices()
+        if backend not in self._tail_errors:
+            model = self._models.get(backend)
+            error = None if model is None or model.energy is None else model.tail_error(self.window_error)
+            self._tail_errors[backend] = error
+        return self._tail_errors[backend]
+
+    def _keep_prices(self) -> None:
+        """What is remembered of prices holds for one version of them."""
+        if self._prices_version != self.version:
+            self._prices, self._tail_errors, self._prices_version = {}, {}, self.version
+
+    def _price_of_one(self, backend: int) -> PriceOfOne | None:
+        """None for a backend of which nothing is known yet."""
+        self._keep_prices()
+        if backend not in self._prices:
+            self._prices[backend] = self._find_price_of_one(backend)
+        return self._prices[backend]
+
+    def _find_price_of_one(self, backend: int) -> PriceOfOne | None:
+        model = self._models.get(backend)
+        if model is None or model.energy is None or model.seconds is None:
+            return None
+        fitted = self._fit is not None and backend in self._order
+        return model.price_of_one(self._fitted(backend) if fitted else model.energy)
 
     def _fitted(self, backend: int) -> Floats:
         assert self._fit is not None
@@ -196,6 +259,7 @@ class CostModels:
             self._fit = OnlineFit(model.energy, np.ones(_SIZE), _HORIZON)
         else:
             self._fit.widen(model.energy, np.ones(_SIZE))
+        self.version += 1
 
     def _structure(self) -> Structure:
         """All backends' structures beside each other."""

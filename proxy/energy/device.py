@@ -1,29 +1,34 @@
 """One device's books: its windows, the steps that ran on it, and who got what of each settled window."""
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from proxy.energy.attribution import DeviceBalance, DeviceShare
-from proxy.energy.cost_model import CostModels
+from proxy.energy.backend import Backend
+from proxy.energy.cost_model import PROXY_PART, CostModels
 from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
-from proxy.energy.intervals import Doubts, interval
+from proxy.energy.intervals import NO_TAIL, Doubts, Tail, intervals
 from proxy.energy.lag import LagEstimate
-from proxy.energy.pending import TOKENS, Alone, Bools, Floats, New, PendingSteps, Steps
+from proxy.energy.pending import TOKENS, Alone, Batch, Bools, Floats, Ints, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
-from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry
+from proxy.energy.registry import NEVER, PROXY_INDEX, UNATTRIBUTED, Registry, Request
 from proxy.energy.spans import LoadingSpans, UseSpans
-from proxy.energy.tallies import Tallies, Tally
+from proxy.energy.tallies import Tallies
 from proxy.energy.timeline import Timeline, Window
 
 #: A device of which others used less than this counts as free of foreign processes when something is learnt.
 _NO_FOREIGN = 0.01
-#: The proxy's own part of a busy device's power, where CPU time does not tell.
-_PROXY_PART = 0.05
 _LARGE_BATCH = 64
+_MOST = float(1 << 62)
+#: Makes a share of bare integers: thousands of them a second are worth a detour around the units' names.
+_share: Callable[[int, int, int, int, int | None, int], DeviceShare] = cast(Any, DeviceShare)
 #: Where backends run side by side on cores of their own; on an accelerator they take turns.
 HOST = "host"
 
@@ -40,6 +45,8 @@ class DeviceBook:
         self.windows: deque[Window] = deque()
         self.settled_until: Nanoseconds | None = None
         self.late_steps = 0
+        self.waits_for: Backend | None = None
+        """Whose steps the oldest window waits for, as far as is known."""
         self._registry = registry
         self._backend_names = backend_names  # grows as backends become known
         self._timeline, self._lag = Timeline(), LagEstimate()
@@ -88,7 +95,7 @@ class DeviceBook:
         return part
 
     def _price(self, steps: Steps) -> Floats:
-        by_time = np.where(steps.backend == PROXY_INDEX, _PROXY_PART, 1.0) * _is_timed(steps)
+        by_time = np.where(steps.backend == PROXY_INDEX, PROXY_PART, 1.0) * _is_timed(steps)
         return self._models.price(steps, by_time[steps.owner], self._idle.watts)
 
     # --- settling ---
@@ -226,68 +233,137 @@ class DeviceBook:
 
     # --- what goes out ---
 
-    def share(self, slot: int, *, settled: bool, lost_ratio: float = 0.0) -> DeviceShare:
-        """A request's share: what settled windows gave it and, while provisional, what is predicted for the rest."""
-        tally, unseen = (self.tallies.of(slot), 0.0) if settled else self._glance(slot)
-        tail = 0.0 if settled else max(tally.awaited, 0.0) + unseen
-        active = tally.active + round(tail)
-        low, high = interval(self._doubts(tally, tail, lost_ratio))
-        ratio = self._hour.idle_ratio()
-        return DeviceShare(
-            active=Microjoules(active),
-            low=Microjoules(min(low, active)),
-            high=Microjoules(max(high, active)),
-            marginal=Microjoules(max(active - round(tally.idle_part), 0)),
-            full=None if ratio is None else Microjoules(round(active * (1 + ratio))),
-            meanwhile=Microjoules(max(round(tally.meanwhile + tail), active)),
-        )
+    def unsettled(self, start: int, end: int) -> int:
+        """Nanoseconds of the span that no settled window covers."""
+        return max(end - max(start, self.settled_until or NEVER), 0)
 
-    def _glance(self, slot: int) -> tuple[Tally, float]:
-        """A request's figures so far, and what is predicted for steps that nobody has looked at yet.
+    def provisional(self, request: Request, lost_ratio: float, silence: int) -> DeviceShare | None:
+        """What settled windows gave it, and what is predicted for the rest; None if it had no step here.
+
+        For `silence` nanoseconds its engine may have worked for it and not have told yet.
+        """
+        unseen = self._glance(request)
+        if silence:
+            untold = Tail(0.0, 0.0, self._models.most(silence))
+            unseen = untold if unseen is None and self.tallies.touched(request.slot) else unseen and unseen.plus(untold)
+        if not self.tallies.touched(request.slot):
+            return None if unseen is None else self._predicted_only(unseen)
+        awaited = max(float(self.tallies.awaited[request.slot]), 0.0)
+        length = int(self.tallies.last_end[request.slot] - self.tallies.first_start[request.slot])
+        tail = self._models.tail(request.backend_index, awaited, length)
+        lost_ratios, slots = np.array([lost_ratio]), np.array([request.slot])
+        return self._shares(slots, lost_ratios, tail if unseen is None else tail.plus(unseen))[0]
+
+    def shares(self, slots: Ints, lost_ratios: Floats) -> list[DeviceShare]:
+        """What settled windows gave these requests, for good."""
+        # What was predicted and no window ever measured is as good as lost.
+        self.tallies.lost[slots] += np.maximum(self.tallies.awaited[slots], 0.0)
+        return self._shares(slots, lost_ratios, NO_TAIL)
+
+    def nothing(self, silence: int, open_requests: int) -> DeviceShare:
+        """The share of a request that had no step here, where steps are reported: 0, but for what is not told yet.
+
+        Of that it gets an equal part, for the time being: a figure of 0 would be a false one.
+        """
+        most = self._models.most(silence)
+        each = self._models.busy_watts(self._idle.watts) * silence / 1e3 / open_requests
+        return self._predicted_only(Tail(each, each, max(most - each, 0.0)))
+
+    def _predicted_only(self, tail: Tail) -> DeviceShare:
+        """The share of a request of which no window has seen anything yet."""
+        active, low, ratio = round(tail.energy), tail.energy - tail.below, self._hour.idle_ratio()
+        high = math.ceil(tail.energy + tail.above)
+        full = None if ratio is None else round(active * (1 + ratio))
+        return _share(active, math.floor(low) if low > 0 else 0, high, active, full, active)
+
+    def _shares(self, slots: Ints, lost_ratios: Floats, tail: Tail) -> list[DeviceShare]:
+        rows = self.tallies.rows(slots)
+        active = rows.active + _whole(tail.energy)
+        low, high = intervals(
+            Doubts(
+                rows.active.astype(np.float64),
+                tail,
+                rows.noise,
+                rows.split,
+                rows.lost,
+                lost_ratios,
+                np.maximum(rows.last_end - rows.first_start, 1).astype(np.float64),
+                self._timeline.instant_error,
+            )
+        )
+        ratio = self._hour.idle_ratio()
+        full = [None] * len(slots) if ratio is None else _whole(active * (1 + ratio)).tolist()
+        columns = (
+            active,
+            np.minimum(_whole(np.floor(low)), active),
+            np.maximum(_whole(np.ceil(high)), active),
+            np.maximum(active - _whole(rows.idle_part), 0),
+            np.maximum(_whole(rows.meanwhile + tail.energy), active),
+        )
+        exact, lows, highs, marginal, meanwhile = (column.tolist() for column in columns)
+        return list(map(_share, exact, lows, highs, marginal, full, meanwhile))
+
+    def _glance(self, request: Request) -> Tail | None:
+        """What is predicted for a request's steps that nobody has looked at yet; None for no such steps.
 
         A look at those prices a whole batch, which is dear for one figure; so it is spared where all are the request's
         alone, or a continuation of what it did in its last step, in a batch so large that it hardly changes.
         """
-        tally, new = self.tallies.of(slot), self.pending_steps.new_of(slot)
-        if new is None:
-            return tally, 0.0
-        predicted = None if new.first_start < (self.settled_until or NEVER) else self._predict(new, tally)
-        if predicted is None:
-            self.look()
-            return self.tallies.of(slot), 0.0
-        first_start, last_end = min(tally.first_start, new.first_start), max(tally.last_end, new.last_end)
-        return tally._replace(first_start=first_start, last_end=last_end), predicted
+        pending = self.pending_steps
+        tail: Tail | None = None
+        settled_until = self.settled_until or NEVER
+        for step in pending.alone_of(request.slot):
+            if step[1] < settled_until:
+                self.look()
+                return None
+            predicted = self._tail_alone(step)
+            tail = predicted if tail is None else tail.plus(predicted)
+        for batch in pending.batches:
+            if batch.ended <= request.started:
+                continue
+            places = np.flatnonzero(batch.slots == request.slot)
+            if len(places):
+                known = self._tail_in_batch(batch, places, request.slot) if batch.started >= settled_until else None
+                if known is None:
+                    self.look()
+                    return None
+                tail = known if tail is None else tail.plus(known)
+        return tail
 
-    def _predict(self, new: New, tally: Tally) -> float | None:
-        if new.alone is not None:
-            return sum(map(self._price_alone, new.alone))
-        if (
-            new.batch >= _LARGE_BATCH
-            and tally.last_price > 0
-            and all(tokens == tally.last_tokens for tokens in new.tokens)
-        ):
-            return tally.last_price * len(new.tokens)
-        return None
+    def _tail_alone(self, step: Alone) -> Tail:
+        timed = PROXY_PART if step[0] == PROXY_INDEX else float(step[5] <= 0)
+        return self._models.tail_alone(step, timed, self._idle.watts)
 
-    def _price_alone(self, step: Alone) -> float:
-        timed = _PROXY_PART if step.backend == PROXY_INDEX else float(step.tokens <= 0)
-        return self._models.price_alone(step, timed, self._idle.watts)
+    def _tail_in_batch(self, batch: Batch, places: Ints, slot: int) -> Tail | None:
+        """A request's part of a batch, where that can be told cheaply."""
+        if batch.backend == PROXY_INDEX:
+            part = PROXY_PART * len(places) / len(batch.slots)
+            alone = (PROXY_INDEX, batch.started, batch.ended, 1, slot, 0, 0)
+            return self._models.tail_alone(alone, part, self._idle.watts)
+        price = float(self.tallies.last_price[slot])
+        same = (
+            price > 0 and len(batch.slots) >= _LARGE_BATCH and (batch.tokens[places] == self.tallies.last_tokens[slot])
+        )
+        if not np.all(same):
+            return None
+        return self._models.tail(batch.backend, price * len(places), batch.ended - batch.started)
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""
-        return self.tallies.touched(slot) or self.pending_steps.has_new(slot)
+        return self.tallies.touched(slot)
 
-    def _doubts(self, tally: Tally, tail: float, lost_ratio: float) -> Doubts:
-        return Doubts(
-            active=tally.active, tail=tail, noise=tally.noise, split=tally.split, lost=tally.lost,
-            lost_ratio=lost_ratio, work_length=max(tally.last_end - tally.first_start, 1),
-            instant_error=self._timeline.instant_error,
-        )  # fmt: skip
+    def measured(self, slots: Ints) -> Bools:
+        """Which of these requests' work falls at least partly in the time in which the meter was read."""
+        if self.settled_until is None:
+            return np.zeros(len(slots), dtype=bool)
+        first, last = self.tallies.first_start[slots], self.tallies.last_end[slots]
+        seen: Bools = (last > self._timeline.began_at) & (first < self.settled_until)
+        return seen
 
-    def abandon(self, slot: int) -> None:
-        """The request has settled: what work of it may still be pending is nobody's."""
-        self.pending_steps.disown(slot, UNATTRIBUTED)
-        self.tallies.clear(slot)
+    def abandon(self, gone: Bools, slots: Ints) -> None:
+        """These requests have settled: what work of them may still be pending is nobody's. `gone` is by slot."""
+        self.pending_steps.disown(gone, UNATTRIBUTED)
+        self.tallies.clear(slots)
 
     def balance(self) -> DeviceBalance:
         timeline, watts, names = self._timeline, self._idle.watts, self._backend_names
@@ -306,3 +382,8 @@ def _is_timed(steps: Steps) -> Bools:
     """Steps that are priced by time: nobody knows what work they did, or they are the proxy's own."""
     timed: Bools = (steps.sums[:, TOKENS] <= 0) | (steps.backend == PROXY_INDEX)
     return timed
+
+
+def _whole(energy: "float | npt.NDArray[np.floating[Any]]") -> Ints:
+    """Rounded to whole microjoules, within what integers hold."""
+    return np.clip(np.rint(energy), 0, _MOST).astype(np.int64)

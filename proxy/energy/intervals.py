@@ -10,27 +10,44 @@ The meter is taken to be right; its own error stands apart. What is left:
 - while provisional: the open tail is predicted; and reports that were lost may have told anything.
 """
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from proxy.energy.pending import Floats
 
 #: From the mean size of a normal error to nine tenths of it: 1.645 standard deviations of 1.25 mean sizes each.
 NINE_TENTHS = 1.645 * 1.25
 #: The split is never believed more than this, and least of all from a model that has seen few windows.
 _LEAST_SPLIT_ERROR, _SPLIT_ERRORS, _COLD_SPLIT_ERROR, _COLD_WINDOWS = 0.04, 1.5, 0.25, 10.0
-_TAIL_ERROR = 0.1
+#: A prediction is never believed more than this, and least of all one of a model that has seen few windows.
+_TAIL_ERROR, _COLD_TAIL_ERROR, _COLD_TAIL_WINDOWS, _MOST_TAIL_ERROR = 0.1, 0.9, 5.0, 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class Doubts:
-    """What may be wrong with one share, in microjoules (`noise` in their squares), and in nanoseconds."""
+class Tail(NamedTuple):
+    """Microjoules predicted for what no settled window has measured, and by how much it may be less or more."""
 
-    active: float
-    tail: float
-    noise: float
-    split: float
-    lost: float
-    lost_ratio: float
-    work_length: int
+    energy: float
+    below: float
+    above: float
+
+    def plus(self, other: "Tail") -> "Tail":
+        return Tail(self.energy + other.energy, self.below + other.below, self.above + other.above)
+
+
+NO_TAIL = Tail(0.0, 0.0, 0.0)
+
+
+class Doubts(NamedTuple):
+    """What may be wrong with some shares, one each: in microjoules (`noise` in their squares), and in nanoseconds."""
+
+    active: Floats
+    tail: "Tail"
+    noise: Floats
+    split: Floats
+    lost: Floats
+    lost_ratio: Floats
+    work_length: Floats
     instant_error: float
 
 
@@ -39,11 +56,26 @@ def split_error(fit_error: float, windows: float) -> float:
     return max(_LEAST_SPLIT_ERROR, _SPLIT_ERRORS * fit_error) + _COLD_SPLIT_ERROR / (1 + windows / _COLD_WINDOWS)
 
 
-def interval(doubts: Doubts) -> tuple[int, int]:
-    """Low and high around the share and its tail."""
+def tail_error(window_error: float, doubt: float, windows: float) -> float:
+    """The relative error of what is predicted and not measured yet.
+
+    `window_error` is how far windows are from their predictions, `doubt` (relative) how far off the model was to begin
+    with, and `windows` how many it has learnt from.
+    """
+    cold = min(_COLD_TAIL_ERROR, 2 * doubt) / (1 + windows / _COLD_TAIL_WINDOWS)
+    return min(_TAIL_ERROR + NINE_TENTHS * window_error + cold, _MOST_TAIL_ERROR)
+
+
+def tail_of(energy: float, error: float) -> Tail:
+    """A prediction that may be wrong by a factor of 1 - error, in either direction."""
+    return Tail(energy, error * energy, error / (1 - error) * energy)
+
+
+def intervals(doubts: Doubts) -> tuple[Floats, Floats]:
+    """Low and high around each share and its tail."""
     known = doubts.active
-    edges = known * min(doubts.instant_error / max(doubts.work_length, 1), 1.0)
-    half = NINE_TENTHS * math.sqrt(max(doubts.noise, 0.0) + edges**2) + doubts.split
-    half += _TAIL_ERROR * doubts.tail + doubts.lost_ratio * known
-    centre = known + doubts.tail
-    return max(math.floor(centre - half), 0), math.ceil(centre + half + doubts.lost)
+    edges = known * np.minimum(doubts.instant_error / doubts.work_length, 1.0)
+    half = NINE_TENTHS * np.sqrt(np.maximum(doubts.noise, 0.0) + edges**2) + doubts.split
+    half += doubts.lost_ratio * known
+    centre = known + doubts.tail.energy
+    return np.maximum(centre - half - doubts.tail.below, 0.0), centre + half + doubts.tail.above + doubts.lost

@@ -26,7 +26,9 @@ never reopened: a step that comes later is lost work. It is counted and widens i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from proxy.energy.attribution import METHODS, Attribution, DeviceBalance, DeviceShare, Method
 from proxy.energy.backend import GRACE, Backend
@@ -45,10 +47,12 @@ from proxy.energy.events import (
     Start,
     Step,
 )
+from proxy.energy.pending import Alone, Batch, Bools, Floats, Ints
 from proxy.energy.quantities import Nanoseconds
 from proxy.energy.registry import NEVER, PROXY_BACKEND, UNATTRIBUTED, Registry, Request
 from proxy.energy.spans import Use
 from proxy.energy.timeline import LIMIT
+from proxy.energy.waiting import done
 
 __all__ = ["GRACE", "PROXY_BACKEND", "SETTLE_AFTER", "EventError", "Ledger"]
 
@@ -56,6 +60,8 @@ SETTLE_AFTER = Nanoseconds(30_000_000_000)
 #: How long a window waits for news of other processes on a device that has had such news before.
 _PROCESSES_GRACE = 1_500_000_000
 _LOOK_EVERY = 200_000_000
+#: More tokens than this in a step, or more context, are no plausible work.
+_MOST_WORK = 1 << 53
 _RANK: dict[Method, int] = {method: rank for rank, method in enumerate(METHODS)}
 
 
@@ -72,11 +78,14 @@ class Ledger:
         self._announced = known_only
         self._settle_after = settle_after
         self._now = NEVER
+        self._settled_until: int = NEVER  # on every device with a meter
         self._looked_at = NEVER  # when time-outs of waiting requests were last looked after
         self._registry = Registry()
         self._devices: dict[str, DeviceBook] = {}
+        self._measuring: set[str] = set()  # of these, the ones whose meter does not estimate
         self._backends: dict[str, Backend] = {}
         self._backend_names: list[str] = []
+        self._places: dict[tuple[str, tuple[str, ...]], tuple[Backend, list[DeviceBook]]] = {}
         self._backend(PROXY_BACKEND)
         self._waiting: dict[str, Request] = {}
         self._orphans: set[str] = set()  # opened by a finish or the proxy's own step: their backend is yet to be seen
@@ -106,38 +115,60 @@ class Ledger:
             while book.windows:
                 book.settle()
         self._settle_waiting(everything=True)
-        for request in list(self._registry.open.values()):
+        unfinished = list(self._registry.open.values())
+        for request in unfinished:
             self._registry.finish(request, self._last_end(request), "unfinished")
-            self._settle(request)
+        self._settle(unfinished)
 
     def _device(self, event: Device) -> None:
         known = self._devices.get(event.device)
         if known is None:
             self._devices[event.device] = DeviceBook(event, self._registry, self._backend_names)
+            self._places.clear()
         else:
             known.device = event
+        self._measuring = {name for name, book in self._devices.items() if not book.device.estimated}
 
     def _sample(self, event: Sample) -> None:
         book = self._metered(event.device)
-        _check_times(event.at)
+        _check_time(event.at)
         book.sample(event)
         self.advance(event.at)
 
     def _step(self, event: Step) -> None:
         _check_step(event)
-        books = {name: book for name in event.devices if (book := self._book_of_step(name)) is not None}
-        backend = self._backend(event.backend)
+        if len(event.requests) > 1:
+            self._batch(event)
+        else:
+            self._alone(event)
+
+    def _batch(self, event: Step) -> None:
+        tokens, contexts = _work(event.tokens, event), _work(event.contexts, event)
+        backend, books = self._place(event)
         if backend.has_heard(event):
             return
-        slots = self._slots_of(event, backend)
-        for name, book in books.items():
-            backend.devices[name] = None
-            book.pending_steps.add(backend.index, event, slots)
+        ended = max(event.ended, event.started + 1)
+        step = Batch(backend.index, event.started, ended, self._slots_of(event, backend), tokens, contexts)
+        for book in books:
+            book.pending_steps.add_batch(step)
         self._note_report(backend, event)
-        self._settle_windows()
+        self._settle_after_step(backend, books)
+
+    def _alone(self, event: Step) -> None:
+        """A step of one participant; one without any has one whose work is unknown."""
+        repeat, tokens, context = _work_alone(event)
+        backend, books = self._place(event)
+        if backend.has_heard(event):
+            return
+        slot = self._slot_of(event.requests[0], event) if event.requests else UNATTRIBUTED
+        step: Alone = (backend.index, event.started, max(event.ended, event.started + 1), repeat, slot, tokens, context)
+        for book in books:
+            book.pending_steps.add_alone(step)
+        self._note_report(backend, event)
+        self._settle_after_step(backend, books)
 
     def _start(self, event: Start) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         if not event.request:
             raise EventError("a request needs an id")
         if self._registry.settled_lately(event.request):
@@ -151,7 +182,7 @@ class Ledger:
             raise EventError(f"request {event.request} starts after its first step")
 
     def _finish(self, event: Finish) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         request = self._registry.open.get(event.request)
         if request is None:
             if self._registry.settled_lately(event.request):
@@ -162,12 +193,13 @@ class Ledger:
         self._pass(event.at)
         if request.finished is None:
             self._close_request(request, event.at, event.outcome)
-            if self._is_done(request):
-                self._settle(request)
+            at = request.finished or event.at
+            if not self._devices or at <= self._settled_until:
+                self._settle_waiting()
 
     def _processes(self, event: Processes) -> None:
         book = self._metered(event.device)
-        _check_times(event.at)
+        _check_time(event.at)
         shares = dict(event.backend_shares)
         if not 0 <= event.foreign_share <= 1 or not all(0 <= share <= 1 for share in shares.values()):
             raise EventError(f"shares of {event.device}'s use must lie within 0..1")
@@ -189,7 +221,7 @@ class Ledger:
         backend.reports_lost += event.reports
 
     def _backend_state(self, event: BackendState) -> None:
-        _check_times(event.at)
+        _check_time(event.at)
         books = [(name, book) for name in event.devices if (book := self._devices.get(name)) is not None]
         backend = self._backend(event.backend)
         for name, book in books:
@@ -204,8 +236,19 @@ class Ledger:
             raise EventError(f"unknown device: {device}")
         return book
 
-    def _book_of_step(self, device: str) -> DeviceBook | None:
-        return self._devices.get(device) if self._known_only else self._metered(device)
+    def _place(self, step: Step) -> tuple[Backend, list[DeviceBook]]:
+        """Who did a step, and where; found once, for it is the same again and again."""
+        key = step.backend, step.devices
+        place = self._places.get(key)
+        if place is None:
+            if not self._known_only:
+                for name in step.devices:
+                    self._metered(name)
+            names = [name for name in dict.fromkeys(step.devices) if name in self._devices]
+            place = self._backend(step.backend), [self._devices[name] for name in names]
+            place[0].devices |= dict.fromkeys(names)
+            self._places[key] = place
+        return place
 
     def _backend(self, name: str) -> Backend:
         backend = self._backends.get(name)
@@ -215,8 +258,9 @@ class Ledger:
         return backend
 
     def _open(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
-        opened = self._registry.begin(request, backend, at, announced=announced)
-        self._backend(backend).opens(opened)
+        of = self._backend(backend)
+        opened = self._registry.begin(request, backend, of.index, at, announced=announced)
+        of.opens(opened)
         if not announced and backend in {"", PROXY_BACKEND}:
             self._orphans.add(request)
         return opened
@@ -230,24 +274,19 @@ class Ledger:
     def _pass(self, now: Nanoseconds) -> None:
         self._now = max(self._now, now)
 
-    def _slots_of(self, step: Step, backend: Backend) -> list[int]:
+    def _slots_of(self, step: Step, backend: Backend) -> Ints:
         if self._registry.version == backend.slots_version and step.requests == backend.requests:
             return backend.slots
-        slots = self._find_slots(step)
+        found = list(map(self._registry.slots.get, step.requests))
+        if None in found:
+            found = [self._slot_of(request, step) for request in step.requests]
+        slots = np.array(found, dtype=np.int64)
         backend.requests, backend.slots, backend.slots_version = step.requests, slots, self._registry.version
         return slots
 
-    def _find_slots(self, step: Step) -> list[int]:
-        slots = list(map(self._registry.slots.get, step.requests)) or [UNATTRIBUTED]
-        if None not in slots:
-            return slots  # type: ignore[return-value]  # no None in it
-        return [
-            self._slot_of_new(r, step) if slot is None else slot for r, slot in zip(step.requests, slots, strict=True)
-        ]
-
-    def _slot_of_new(self, request: str, step: Step) -> int:
+    def _slot_of(self, request: str, step: Step) -> int:
         known = self._registry.slots.get(request)
-        if known is not None:  # a second participant of a request that this very step opened
+        if known is not None:
             return known
         if self._known_only or self._registry.settled_lately(request):
             return UNATTRIBUTED
@@ -269,14 +308,14 @@ class Ledger:
         """In a replay, the first backend but the proxy's own that works for a request is the request's."""
         self._orphans.discard(request.request)
         self._backend(request.backend).closes(request)
-        request.backend = backend.name
+        self._registry.adopt(request, backend.name, backend.index)
         if request.finished is None:
             backend.opens(request)
 
     # --- settling ---
 
     def _is_ready(self, name: str, book: DeviceBook) -> bool:
-        end = book.windows[0].end
+        end, book.waits_for = book.windows[0].end, None
         if self._now >= end + self._settle_after:
             return True
         users = [
@@ -289,9 +328,19 @@ class Ledger:
         known = book.uses.known_until
         if known is not None and known < end and self._now < end + _PROCESSES_GRACE:
             return False
-        if not self._announced:
-            return all(backend.reported >= end for backend in users)
-        return all(backend.horizon(end, self._now) >= end for backend in users)
+        book.waits_for = next((backend for backend in users if not self._knows(backend, end)), None)
+        return book.waits_for is None
+
+    def _knows(self, backend: Backend, end: int) -> bool:
+        """Whether a backend's work is known until then."""
+        return backend.knows_all_until(end, self._now) if self._announced else backend.reported >= end
+
+    def _settle_after_step(self, backend: Backend, books: list[DeviceBook]) -> None:
+        """Settle the windows that waited for this backend's word alone: others need more than a step."""
+        for book in books:
+            if book.waits_for is backend and self._knows(backend, book.windows[0].end):
+                self._settle_windows()
+                return
 
     def _settle_windows(self) -> None:
         progress = False
@@ -299,54 +348,41 @@ class Ledger:
             while book.windows and self._is_ready(name, book):
                 book.settle()
                 progress = True
+        untils = [book.settled_until for book in self._devices.values() if book.settled_until is not None]
+        self._settled_until = min(untils, default=NEVER)
         if progress:
             self._settle_waiting()
 
     def _settle_waiting(self, *, everything: bool = False) -> None:
+        """Hand out the finished requests of which every window has settled, or will never come."""
         self._looked_at = self._now
-        for request in list(self._waiting.values()):
-            if everything or self._is_done(request):
-                self._settle(request)
+        waiting = list(self._waiting.values())
+        if not waiting:
+            return
+        if not everything:
+            waiting = [each for each, is_done in zip(waiting, self._done(waiting).tolist(), strict=True) if is_done]
+        self._settle(waiting)
 
-    def _is_done(self, request: Request) -> bool:
-        """Whether every window that overlaps a finished request has settled, or will never come."""
-        assert request.finished is not None
-        concerned = self._concerned(request)
-        if not concerned and self._devices and self._now < request.finished + GRACE:
-            return False  # its backend may yet tell for the first time
-        return all(self._is_settled_on(book, request) for book in concerned.values())
+    def _done(self, waiting: Sequence[Request]) -> Bools:
+        slots = np.array([request.slot for request in waiting], dtype=np.int64)
+        return done(self._registry, self._backends.values(), self._devices, slots, self._now, self._settle_after)
 
-    def _is_settled_on(self, book: DeviceBook, request: Request) -> bool:
-        assert request.finished is not None
-        if book.settled_until is not None and book.settled_until < request.finished > self._now - self._settle_after:
-            return False
-        book.look()
-        until = max(request.finished, int(book.tallies.last_end[request.slot]))
-        if book.settled_until is not None and book.settled_until >= until:
-            return True
-        overlapped = any(window.start < until for window in book.windows)
-        return self._now >= until + self._settle_after and not overlapped
-
-    def _concerned(self, request: Request) -> dict[str, DeviceBook]:
-        """The devices with a meter on which this request works, or may yet turn out to have worked."""
-        own = self._backend(request.backend).devices
-        names = {**own, **self._backend(PROXY_BACKEND).devices}
-        return {
-            name: book
-            for name, book in self._devices.items()
-            if book.settled_until is not None and (name in names or book.touched(request.slot))
-        }
-
-    def _settle(self, request: Request) -> None:
+    def _settle(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            return
         for book in self._devices.values():
             book.look()
-        self._settled.append(self._attribution(request, settled=True))
+        slots = np.array([request.slot for request in requests], dtype=np.int64)
+        self._settled += self._attributions(requests, slots)
+        gone = np.zeros(self._registry.capacity, dtype=bool)
+        gone[slots] = True
         for book in self._devices.values():
-            book.abandon(request.slot)
-        self._waiting.pop(request.request, None)
-        self._orphans.discard(request.request)
-        self._backend(request.backend).closes(request)
-        self._registry.forget(request)
+            book.abandon(gone, slots)
+        for request in requests:
+            self._waiting.pop(request.request, None)
+            self._orphans.discard(request.request)
+            self._backend(request.backend).closes(request)
+        self._registry.forget(requests)
 
     def _last_end(self, request: Request) -> Nanoseconds:
         for book in self._devices.values():
@@ -361,34 +397,72 @@ class Ledger:
         known = self._registry.open.get(request)
         if known is None:
             return next((each for each in reversed(self._settled) if each.request == request), None)
-        return self._attribution(known, settled=False, at=at)
+        ended = known.finished if known.finished is not None else at if at is not None else self._now
+        return self._attribution(known, *self._provisional_shares(known, ended), ended=ended, settled=False)
 
-    def _attribution(self, request: Request, *, settled: bool, at: Nanoseconds | None = None) -> Attribution:
-        devices = self._shares(request, settled=settled)
-        ended = request.finished if request.finished is not None else at if at is not None else self._now
+    def _attribution(
+        self, request: Request, devices: dict[str, DeviceShare], unmeasured: tuple[str, ...],
+        *, ended: int, settled: bool,
+    ) -> Attribution:  # fmt: skip
         return Attribution(
-            request=request.request, backend=request.backend, outcome=request.outcome, settled=settled,
-            method=self._method(request, devices), started=request.started,
-            ended=max(Nanoseconds(ended), request.started), devices=devices,
+            request.request, request.backend, request.outcome, settled, self._method(request, devices),
+            request.started, Nanoseconds(max(ended, request.started)), devices, unmeasured,
         )  # fmt: skip
 
-    def _shares(self, request: Request, *, settled: bool) -> dict[str, DeviceShare]:
-        """By device it worked on; a backend that reports steps and had none for it did nothing: 0, and it is known."""
-        backend = self._backend(request.backend)
-        idle = backend.devices if backend.reports else {}
-        return {
-            name: book.share(request.slot, settled=settled, lost_ratio=backend.lost_ratio(request))
-            for name, book in self._devices.items()
-            if book.settled_until is not None and (book.touched(request.slot) or name in idle)
-        }
+    def _provisional_shares(self, request: Request, until: int) -> tuple[dict[str, DeviceShare], tuple[str, ...]]:
+        """By device it worked on; a backend that reports steps and had none for it did nothing, as far as it told."""
+        backend = self._backends[request.backend]
+        known_idle = backend.devices if backend.reports else ()
+        told_until = until if backend.relayed else max(backend.reported, request.started)
+        lost_ratio = backend.lost_ratio(request)
+        shares: dict[str, DeviceShare] = {}
+        unmeasured: tuple[str, ...] = ()
+        for name, book in self._devices.items():
+            silence = book.unsettled(told_until, until) if name in known_idle else 0
+            share = book.provisional(request, lost_ratio, silence)
+            if share is None:
+                if name in known_idle:
+                    shares[name] = book.nothing(silence, len(backend.open) + 1)
+            elif book.settled_until is None:
+                unmeasured += (name,)
+            else:
+                shares[name] = share
+        return shares, unmeasured
+
+    def _attributions(self, requests: Sequence[Request], slots: Ints) -> list[Attribution]:
+        """The settled facts of these requests, device by device for all of them."""
+        shares: list[dict[str, DeviceShare]] = [{} for _ in requests]
+        unmeasured: list[tuple[str, ...]] = [()] * len(requests)
+        lost_ratios = np.array([self._backend(request.backend).lost_ratio(request) for request in requests])
+        for name, book in self._devices.items():
+            self._add_shares(name, book, slots, lost_ratios, shares, unmeasured)
+        return [
+            self._attribution(request, own, none, ended=request.finished or request.started, settled=True)
+            for request, own, none in zip(requests, shares, unmeasured, strict=True)
+        ]
+
+    def _add_shares(
+        self, name: str, book: DeviceBook, slots: Ints, lost_ratios: Floats,
+        shares: list[dict[str, DeviceShare]], unmeasured: list[tuple[str, ...]],
+    ) -> None:  # fmt: skip
+        worked = book.tallies.last_end[slots] > NEVER
+        unseen = worked & ~book.measured(slots)
+        for place in np.flatnonzero(unseen).tolist():
+            unmeasured[place] += (name,)
+        if book.settled_until is None:
+            return
+        reporting = np.array([bool(each.reports) and name in each.devices for each in self._backends.values()])
+        known = np.flatnonzero((worked | reporting[self._registry.backend[slots]]) & ~unseen)
+        for place, share in zip(known.tolist(), book.shares(slots[known], lost_ratios[known]), strict=True):
+            shares[place][name] = share
 
     def _method(self, request: Request, devices: dict[str, DeviceShare]) -> Method:
-        if devices and all(self._devices[name].device.estimated for name in devices):
+        if devices and self._measuring.isdisjoint(devices):
             return "estimated"
-        backend = self._backend(request.backend)
+        backend = self._backends[request.backend]
         if not backend.reports:
             return "measured-window"
-        return METHODS[max(request.rank, _RANK["measured-tokens"] if backend.relayed else 0)]
+        return METHODS[request.rank or (_RANK["measured-tokens"] if backend.relayed else 0)]
 
     def drain(self) -> list[Attribution]:
         """The attributions settled since the last call, in the order they settled."""
@@ -408,16 +482,39 @@ class Ledger:
         ]
 
 
-def _check_times(*times: int) -> None:
-    if any(not -LIMIT < time < LIMIT for time in times):
-        raise EventError(f"time is out of range: {times[0]}")
+def _check_time(time: int) -> None:
+    if not -LIMIT < time < LIMIT:
+        raise EventError(f"time is out of range: {time}")
 
 
 def _check_step(step: Step) -> None:
-    _check_times(step.started, step.ended)
-    if step.ended < step.started:
+    if not -LIMIT < step.started <= step.ended < LIMIT:
+        _check_time(step.started)
+        _check_time(step.ended)
         raise EventError(f"step of {step.backend} ends before it begins: {step.ended} < {step.started}")
     if not len(step.requests) == len(step.tokens) == len(step.contexts):
         raise EventError(f"step of {step.backend} has columns of different lengths")
-    if len(step.requests) and (min(step.tokens) < 0 or min(step.contexts) < 0):
-        raise EventError(f"step of {step.backend} has negative work")
+
+
+def _work(column: Sequence[int], step: Step) -> Floats:
+    amounts = np.array(column, dtype=np.float64)
+    if not (amounts.min() >= 0 and amounts.max() <= _MOST_WORK):
+        raise _implausible(step)
+    return amounts
+
+
+def _work_alone(step: Step) -> tuple[int, int, int]:
+    """Repetitions, tokens and context. What a relay saw of a request beyond its prompt was computed token by token."""
+    if not step.requests:
+        return 1, 0, 0
+    tokens, context = step.tokens[0], step.contexts[0]
+    if not (0 <= tokens <= _MOST_WORK and 0 <= context <= _MOST_WORK):
+        raise _implausible(step)
+    if step.source == "relay" and 1 < tokens < context:
+        return tokens, 1, context - tokens // 2
+    return 1, tokens, context
+
+
+def _implausible(step: Step) -> EventError:
+    negative = min(*step.tokens, *step.contexts) < 0
+    return EventError(f"step of {step.backend} has {'negative' if negative else 'implausibly much'} work")

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from proxy.energy.events import Step
-
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -16,29 +14,20 @@ Bools = npt.NDArray[np.bool_]
 #: The columns of `Steps.sums`.
 PARTICIPANTS, TOKENS, ATTENTION, CONTEXT = range(4)
 
+#: A step of one participant: backend, started, ended, repeat, slot, tokens, context. A plain tuple, for it is the
+#: commonest thing there is where the relay observes requests one by one.
+Alone = tuple[int, int, int, int, int, int, int]
 
-class Alone(NamedTuple):
-    """A step with one participant."""
+
+class Batch(NamedTuple):
+    """A step of several participants, column-wise."""
 
     backend: int
     started: int
     ended: int
-    repeat: float
-    tokens: float
-    context: float
-
-
-class New(NamedTuple):
-    """What steps not looked at yet say of one slot: `alone` has its steps if all of these have one participant.
-
-    `first_start`, `last_end` and `batch`, the mean number of participants, are of all such steps, of whomever.
-    """
-
-    first_start: int
-    last_end: int
-    tokens: list[int]
-    batch: float
-    alone: list[Alone] | None
+    slots: Ints
+    tokens: Floats
+    contexts: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,89 +98,67 @@ class Steps:
             self.attention[entries], self.predicted[entries],
         )  # fmt: skip
 
+    def reordered(self, order: Ints) -> "Steps":
+        """The same steps in this order."""
+        count = self.count.astype(np.int64)
+        begin, counts = np.cumsum(count) - count, count[order]
+        shift = begin[order] - (np.cumsum(counts) - counts)
+        entries = shift.repeat(counts) + np.arange(len(self.owner))
+        return Steps(
+            self.backend[order], self.started[order], self.ended[order], self.repeat[order], self.sums[order],
+            np.arange(len(order)).repeat(counts), self.slot[entries], self.tokens[entries], self.contexts[entries],
+            self.attention[entries], self.predicted[entries],
+        )  # fmt: skip
+
     def per_step(self, entries: Floats) -> Floats:
         """Sums of a per-entry column by step."""
         return np.bincount(self.owner, weights=entries, minlength=len(self)).astype(np.float64)
 
 
-def _ints(values: list[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
-
-
-_NONE, _NOTHING = _ints([]), np.zeros(0)
+_NONE, _NOTHING = np.zeros(0, dtype=np.int64), np.zeros(0)
 NO_STEPS = Steps(
     _NONE, _NONE, _NONE, _NOTHING, np.zeros((0, 4)), _NONE, _NONE, _NOTHING, _NOTHING, _NOTHING, _NOTHING
 )  # fmt: skip
 
 
 class PendingSteps:
-    """Appends cheaply to lists; turns them into arrays only when somebody looks."""
+    """Keeps steps as they come, and turns them into arrays only when somebody looks."""
 
     def __init__(self) -> None:
         self.steps = NO_STEPS
         """All that have joined and were not dropped."""
-        self._clear()
+        self._alone: list[Alone] = []
+        self._alone_of: dict[int, list[Alone]] = {}
+        self.batches: list[Batch] = []
+        """Those that were not taken yet."""
+        self._is_batch: list[bool] = []  # of all that were not taken yet, as they came
 
-    def _clear(self) -> None:
-        self._backend: list[int] = []
-        self._started: list[int] = []
-        self._ended: list[int] = []
-        self._repeat: list[int] = []
-        self._count: list[int] = []
-        self._slot: list[int] = []
-        self._tokens: list[int] = []
-        self._contexts: list[int] = []
+    def add_alone(self, step: Alone) -> None:
+        self._alone.append(step)
+        self._is_batch.append(False)
+        slot = step[4]
+        known = self._alone_of.get(slot)
+        if known is None:
+            self._alone_of[slot] = [step]
+        else:
+            known.append(step)
 
-    def add(self, backend: int, step: Step, slots: list[int]) -> None:
-        """`slots` stand for the step's requests; a step without participants has one whose work is unknown."""
-        self._backend.append(backend)
-        self._started.append(step.started)
-        self._ended.append(max(step.ended, step.started + 1))
-        self._count.append(len(slots))
-        self._slot.extend(slots)
-        repeat, tokens, contexts = _unrolled(step)
-        self._repeat.append(repeat)
-        self._tokens.extend(tokens)
-        self._contexts.extend(contexts)
+    def add_batch(self, step: Batch) -> None:
+        self.batches.append(step)
+        self._is_batch.append(True)
 
-    def has_new(self, slot: int) -> bool:
-        """Whether a step that was not taken yet names this slot."""
-        return slot in self._slot
-
-    def new_of(self, slot: int) -> New | None:
-        """This slot's part of the steps that were not taken yet; None for none."""
-        count = self._slot.count(slot)
-        if not count:
-            return None
-        places, place = list[int](), -1
-        for _ in range(count):
-            place = self._slot.index(slot, place + 1)
-            places.append(place)
-        tokens = [self._tokens[place] for place in places]
-        first, last = min(self._started), max(self._ended)
-        batch = len(self._slot) / len(self._count)
-        if batch > 1:
-            return New(first, last, tokens, batch, None)
-        columns = self._backend, self._started, self._ended, self._repeat, self._tokens, self._contexts
-        return New(first, last, tokens, batch, [Alone(*(column[place] for column in columns)) for place in places])
+    def alone_of(self, slot: int) -> Sequence[Alone]:
+        """The steps of this slot alone that were not taken yet."""
+        return self._alone_of.get(slot, ())
 
     def take_new(self) -> Steps:
         """The steps added since the last call; `join` is to put them to the others."""
-        if not self._backend:
-            return NO_STEPS
-        tokens, contexts = np.array(self._tokens, dtype=np.float64), np.array(self._contexts, dtype=np.float64)
-        owner = np.repeat(np.arange(len(self._count)), self._count)
-        attention = tokens * np.maximum(contexts - (tokens - 1) / 2, 0.0)
-        sums = np.empty((len(self._count), 4))
-        sums[:, PARTICIPANTS] = self._count
-        for place, column in enumerate((tokens, attention, contexts), start=1):
-            sums[:, place] = np.bincount(owner, weights=column)
-        new = Steps(
-            _ints(self._backend), _ints(self._started), _ints(self._ended),
-            np.array(self._repeat, dtype=np.float64), sums,
-            owner, _ints(self._slot), tokens, contexts, attention, np.zeros(len(owner)),
-        )  # fmt: skip
-        self._clear()
+        new = _joined(_steps_alone(self._alone), _steps_in_batches(self.batches))
+        if self._alone and self.batches:  # as they came: what is learnt must not depend on when somebody looked
+            is_batch = np.array(self._is_batch)
+            new = new.reordered(np.where(is_batch, len(self._alone) - 1 + is_batch.cumsum(), (~is_batch).cumsum() - 1))
+        if len(new):
+            self._alone, self._alone_of, self.batches, self._is_batch = [], {}, [], []
         return new
 
     def join(self, new: Steps) -> None:
@@ -201,24 +168,55 @@ class PendingSteps:
         """Forget steps that ended by `time`."""
         self.steps = self.steps.where(self.steps.ended > time)
 
-    def disown(self, slot: int, heir: int) -> None:
-        """Give what is left of a request's work to another account."""
-        self.steps.slot[self.steps.slot == slot] = heir
-        if slot in self._slot:
-            self._slot = [heir if each == slot else each for each in self._slot]
+    def disown(self, gone: Bools, heir: int) -> None:
+        """Give what is left of the work of the slots that are `gone` (by slot) to another account."""
+        slot = self.steps.slot
+        slot[gone[slot]] = heir
 
 
-def _unrolled(step: Step) -> tuple[int, Sequence[int], Sequence[int]]:
-    """Repetitions, tokens and contexts. What a relay saw of a request beyond its prompt was computed token by token."""
-    if step.source == "relay" and len(step.tokens) == 1 and 1 < step.tokens[0] < step.contexts[0]:
-        tokens = step.tokens[0]
-        return tokens, (1,), (step.contexts[0] - tokens // 2,)
-    return 1, step.tokens or (0,), step.contexts or (0,)
+def _steps_alone(steps: list[Alone]) -> Steps:
+    if not steps:
+        return NO_STEPS
+    backend, started, ended, repeat, slot, tokens, contexts = np.array(steps, dtype=np.int64).T.copy()
+    work = tokens.astype(np.float64), contexts.astype(np.float64)
+    each = np.arange(len(steps))
+    return _steps(backend, started, ended, repeat.astype(np.float64), each, np.ones(len(steps)), slot, *work)
+
+
+def _steps_in_batches(batches: list[Batch]) -> Steps:
+    if not batches:
+        return NO_STEPS
+    backend, started, ended, slots, tokens, contexts = zip(*batches, strict=True)
+    count = np.array([len(each) for each in slots], dtype=np.int64)
+    join = np.concatenate
+    return _steps(
+        _ints(backend), _ints(started), _ints(ended), np.ones(len(count)),
+        np.arange(len(count)).repeat(count), count.astype(np.float64), join(slots), join(tokens), join(contexts),
+    )  # fmt: skip
+
+
+def _steps(
+    backend: Ints, started: Ints, ended: Ints, repeat: Floats, owner: Ints, count: Floats,
+    slot: Ints, tokens: Floats, contexts: Floats,
+) -> Steps:  # fmt: skip
+    attention = tokens * np.maximum(contexts - (tokens - 1) / 2, 0.0)
+    sums = np.empty((len(count), 4))
+    sums[:, PARTICIPANTS] = count
+    for place, column in enumerate((tokens, attention, contexts), start=1):
+        sums[:, place] = np.bincount(owner, weights=column)
+    nothing = np.zeros(len(owner))
+    return Steps(backend, started, ended, repeat, sums, owner, slot, tokens, contexts, attention, nothing)
+
+
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
 
 
 def _joined(first: Steps, second: Steps) -> Steps:
     if not len(first):
         return second
+    if not len(second):
+        return first
     join = np.concatenate
     return Steps(
         join((first.backend, second.backend)), join((first.started, second.started)),

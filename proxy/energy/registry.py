@@ -1,9 +1,10 @@
 """The requests that are open or wait to be settled, and the small integers ("slots") by which the arrays know them."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,18 +26,22 @@ class Columns(Protocol):
     def grow(self, capacity: int) -> None: ...
 
 
-@dataclass(slots=True)
-class Request:
-    """A request (or attempt) between its opening and its settlement. `rank` is the worst of its sources so far."""
+class Request(msgspec.Struct, eq=False):
+    """A request (or attempt) between its opening and its settlement. `rank` is the worst of its sources so far.
+
+    `reported` is the end of its latest step, where the relay observes it.
+    """
 
     request: str
     backend: str
+    backend_index: int
     slot: int
     started: Nanoseconds
     announced: bool
     finished: Nanoseconds | None = None
     outcome: Outcome = "unfinished"
     rank: int = 0
+    reported: int = NEVER
     reports_before: tuple[int, int] = (0, 0)  # of its backend when it began: received, lost
 
 
@@ -55,31 +60,38 @@ class Registry:
         self.used = 1
         self.started = np.full(self.capacity, FOREVER, dtype=np.int64)
         self.ended = np.full(self.capacity, FOREVER, dtype=np.int64)
+        self.backend = np.zeros(self.capacity, dtype=np.int64)
 
     def settled_lately(self, request: str) -> bool:
         return request in self._settled
 
-    def begin(self, request: str, backend: str, at: Nanoseconds, *, announced: bool) -> Request:
+    def begin(self, request: str, backend: str, index: int, at: Nanoseconds, *, announced: bool) -> Request:
         slot = self._free.pop() if self._free else self._next_slot()
-        opened = Request(request, backend, slot, at, announced)
+        opened = Request(request, backend, index, slot, at, announced)
         self.open[request], self.slots[request] = opened, slot
         self.version += 1
-        self.started[slot], self.ended[slot] = at, FOREVER
+        self.started[slot], self.ended[slot], self.backend[slot] = at, FOREVER, index
         return opened
+
+    def adopt(self, request: Request, backend: str, index: int) -> None:
+        """The request is this backend's."""
+        request.backend, request.backend_index = backend, index
+        self.backend[request.slot] = index
 
     def finish(self, request: Request, at: Nanoseconds, outcome: Outcome) -> None:
         request.finished, request.outcome = at, outcome
         self.ended[request.slot] = at
 
-    def forget(self, request: Request) -> None:
-        """The request has settled: its slot is free, its id remembered for a while."""
-        del self.open[request.request], self.slots[request.request]
+    def forget(self, requests: Iterable[Request]) -> None:
+        """The requests have settled: their slots are free, their ids remembered for a while."""
+        for request in requests:
+            del self.open[request.request], self.slots[request.request]
+            self.started[request.slot] = FOREVER
+            self._free.append(request.slot)
+            self._settled[request.request] = None
+            if len(self._settled) > _REMEMBERED:
+                self._settled.popitem(last=False)
         self.version += 1
-        self.started[request.slot] = FOREVER
-        self._free.append(request.slot)
-        self._settled[request.request] = None
-        if len(self._settled) > _REMEMBERED:
-            self._settled.popitem(last=False)
 
     def presence(self, start: int, end: int) -> npt.NDArray[np.float64]:
         """The part of the span from `start` to `end` in which each slot's request was open."""
@@ -95,6 +107,7 @@ class Registry:
             self.capacity *= 2
             self.started = grown(self.started, self.capacity, FOREVER)
             self.ended = grown(self.ended, self.capacity, FOREVER)
+            self.backend = grown(self.backend, self.capacity, 0)
             for columns in self._followers:
                 columns.grow(self.capacity)
         return slot

@@ -9,11 +9,13 @@ chunk's early tokens see less). A step of n participants takes and uses
 in seconds and joules. `docs/cost-model.md` says where the coefficients come from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from proxy.energy.fit import OnlineFit, Structure
+from proxy.energy.intervals import tail_error
 from proxy.energy.pending import Floats, Steps
 from proxy.energy.shapley import roofline_shares
 
@@ -35,6 +37,26 @@ _DURATION_SIGMA = 0.05
 _EAGER_STEPS = 200
 #: So many windows make coefficients that were learnt worth more than a prior.
 _LEARNT_WINDOWS = 100.0
+
+
+class PriceOfOne(NamedTuple):
+    """Joules of a step with one participant, without any array. The last four are seconds of the roofline."""
+
+    fixed: float
+    token: float
+    attention: float
+    context: float
+    static_watts: float
+    compute_token: float
+    compute_attention: float
+    memory_step: float
+    memory_context: float
+
+    def joules(self, tokens: int, context: int) -> float:
+        fixed, token, attention, held, watts, compute, compute_attention, memory, memory_context = self
+        attended = tokens * max(context - (tokens - 1) / 2, 0.0)
+        roof = max(compute * tokens + compute_attention * attended, memory + memory_context * context)
+        return fixed + token * tokens + attention * attended + held * context + watts * roof
 
 
 class StepModel:
@@ -67,6 +89,10 @@ class StepModel:
             elif self.seconds is not None:
                 d = self.duration
                 self._powers = np.array([self.energy[2] / d[2], self.energy[0] / d[4], self.energy[5]])
+
+    def tail_error(self, window_error: float) -> float:
+        """The relative error of what it predicts, where windows are so far from their predictions."""
+        return tail_error(window_error, self._powers_doubt, self.windows)
 
     # --- durations ---
 
@@ -159,13 +185,12 @@ class StepModel:
         doubt = np.full(len(start), self._powers_doubt)
         return Structure(basis, start, doubt, np.full(len(ENERGY), self._loose))
 
-    def price_alone(self, tokens: float, context: float, energy: Sequence[float]) -> float:
-        """Joules of a step with one participant, without any array: its share is all of it."""
-        d: list[float] = self.duration.tolist()
-        attention = tokens * max(context - (tokens - 1) / 2, 0.0)
-        seconds = d[0] + d[1] + max(d[2] * tokens + d[3] * attention, d[4] + d[5] * context)
-        work = energy[2] * tokens + energy[3] * attention + energy[4] * context
-        return energy[0] + energy[1] + work + energy[5] * seconds
+    def price_of_one(self, energy: Floats) -> PriceOfOne:
+        """Of a step with one participant, whose share is all of it, with these energies."""
+        step, sequence, token, attention, context, static = energy.tolist()
+        launch, launch_sequence, *roof = self.duration.tolist()
+        fixed = step + sequence + static * (launch + launch_sequence)
+        return PriceOfOne(fixed, token, attention, context, static, *roof)
 
     def price(self, steps: Steps, energy: Floats) -> Floats:
         """Joules of each participant: its Shapley value of its step's energy."""

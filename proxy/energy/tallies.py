@@ -4,24 +4,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proxy.energy.pending import Floats
+from proxy.energy.pending import Floats, Ints
 from proxy.energy.registry import FOREVER, NEVER, grown
 
 
-class Tally(NamedTuple):
-    """One row of the columns below."""
+class Rows(NamedTuple):
+    """Some rows of the columns below, column-wise."""
 
-    active: int
-    first_start: int
-    last_end: int
-    idle_part: float
-    meanwhile: float
-    split: float
-    noise: float
-    awaited: float
-    lost: float
-    last_price: float
-    last_tokens: float
+    active: Ints
+    first_start: Ints
+    last_end: Ints
+    idle_part: Floats
+    meanwhile: Floats
+    split: Floats
+    noise: Floats
+    awaited: Floats
+    lost: Floats
 
 
 class Tallies:
@@ -56,14 +54,14 @@ class Tallies:
         self._name(longer)
         self.capacity = capacity
 
-    def clear(self, slot: int) -> None:
-        self.active[slot], self.first_start[slot], self.last_end[slot] = 0, FOREVER, NEVER
-        self._floats[:, slot] = 0.0
+    def clear(self, slots: Ints) -> None:
+        self.active[slots], self.first_start[slots], self.last_end[slots] = 0, FOREVER, NEVER
+        self._floats[:, slots] = 0.0
 
-    def of(self, slot: int) -> Tally:
-        """One request's figures."""
-        exact = int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot])
-        return Tally(*exact, *self._floats[:, slot].tolist())
+    def rows(self, slots: Ints) -> Rows:
+        """These requests' figures."""
+        floats = self._floats[: len(Rows._fields) - 3, slots]
+        return Rows(self.active[slots], self.first_start[slots], self.last_end[slots], *floats)
 
     def touched(self, slot: int) -> bool:
         """Whether the request had a step on this device."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from proxy.energy.errors import EventError
 from proxy.energy.events import Sample
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
+from proxy.energy.registry import FOREVER
 from proxy.energy.ticks import TickClock
 
 #: Beyond this a reading is not a plausible energy or time (and would not fit 64 bits when added up).
@@ -45,6 +46,7 @@ class Timeline:
         self.counter = Microjoules(0)
         self.power: Watts | None = None
         self.last_sample_at: Nanoseconds | None = None
+        self.began_at: int = FOREVER
         self.stale_samples = 0
         self._energy = Microjoules(0)
         self._changed_at = Nanoseconds(0)
@@ -87,7 +89,7 @@ class Timeline:
 
     def _begin(self, sample: Sample) -> None:
         self._energy, self._changed_at, self._ticked_at = sample.energy, sample.at, sample.at
-        self.last_sample_at, self.power = sample.at, sample.power
+        self.last_sample_at, self.power, self.began_at = sample.at, sample.power, sample.at
 
     def _close(self, sample: Sample, before: Nanoseconds) -> Window:
         ticked = Nanoseconds(self._clock.changed(before, sample.at, resolved=self._seen_unchanged))

@@ -6,15 +6,15 @@ Prometheus asks (`operations.py`). Label children are looked up once and kept, b
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
 from proxy.energy.quantities import Microjoules, joules
-from proxy.energy.receipt import Figures, Receipt
+from proxy.energy.receipt import Figures, Receipt, Tokens
 from proxy.export.operations import OperationsCollector
 from proxy.export.snapshot import OperationsSnapshot
+from proxy.export.tallies import Distribution, Distributions, Sum, Sums, TalliesCollector
 
 #: The label of a model that is not configured, such as one a client made up.
 UNKNOWN = "unknown"
@@ -28,41 +28,42 @@ REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
-
-class _Counting(Protocol):
-    def inc(self, amount: float = 1) -> None: ...
-
-
-class _Observing(Protocol):
-    def observe(self, amount: float) -> None: ...
+_TOKENS = ("prompt", "completion", "cached")
 
 
 @dataclass(frozen=True, slots=True)
 class _Energy:
     """The children that one settled receipt of a model and task moves."""
 
-    gpu: _Counting
-    host: _Counting
-    overhead: _Counting
-    wasted: _Counting
-    operational: _Counting
-    request: _Observing
-    output_token: _Observing
-    interval: _Observing
-    provisional_error: _Observing
+    gpu: Sum
+    host: Sum
+    overhead: Sum
+    wasted: Sum
+    operational: Sum
+    request: Distribution
+    output_token: Distribution
+    interval: Distribution
+    provisional_error: Distribution
 
 
 class Metrics:
     """Cheap methods for the data path; `render` for Prometheus. `models` are the configured ones."""
 
     def __init__(self, models: Iterable[str]) -> None:
-        # Each counter's time of creation would be a series of its own, which nobody asks for.
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it unannotated
         self._registry = CollectorRegistry()
-        self._models = {name: name for name in models}
+        self._models = {UNKNOWN: UNKNOWN}
         self._declare_requests()
         self._declare_energy()
+        self.know(models)
         ProcessCollector(registry=self._registry)
+
+    def know(self, models: Iterable[str]) -> None:
+        """These models are configured now. Earlier ones stay known: their last receipts may be yet to settle."""
+        for name in (*models, UNKNOWN):
+            self._models[name] = name
+            self._first_token[name] = self._all_first_tokens.labels(name)
+            self._tokens[name] = tuple(self._all_tokens.labels(name, kind) for kind in _TOKENS)
+            self._in_flight[name] = self._all_in_flight.labels(name)
 
     def watch(self, snapshot: Callable[[], OperationsSnapshot]) -> None:
         """Read the metrics of devices, meters, backends and the grid off this from now on."""
@@ -82,22 +83,21 @@ class Metrics:
             counted = self._requests.labels(name, endpoint, str(code)), self._duration.labels(name, endpoint)
             self._finished[name, endpoint, code] = counted
         requests, duration = counted
-        requests.inc()
+        requests.value += 1
         duration.observe(seconds)
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first_token[self._model(model)].observe(seconds)
 
-    def tokens(self, model: str, kind: str, count: int) -> None:
-        """`kind` is prompt, completion or cached; `count` is 0 or more."""
-        name = self._model(model)
-        counter = self._tokens.get((name, kind))
-        if counter is None:
-            counter = self._tokens[name, kind] = self._all_tokens.labels(name, kind)
-        counter.inc(count)
+    def tokens(self, model: str, tokens: Tokens) -> None:
+        """What a backend's usage said of one request."""
+        prompt, completion, cached = self._tokens[self._model(model)]
+        prompt.value += tokens.prompt or 0
+        completion.value += tokens.completion or 0
+        cached.value += tokens.cached or 0
 
     def in_flight(self, model: str, change: int) -> None:
-        self._in_flight[self._model(model)].inc(change)
+        self._in_flight[self._model(model)].value += change
 
     def receipt_settled(self, receipt: Receipt, provisional_energy: Microjoules | None) -> None:
         """`provisional_energy` is what the client was told at the response's end, if it was told anything."""
@@ -107,93 +107,79 @@ class Metrics:
         request = receipt.request
         children = self._energy_of(request.model, request.task)
         parts, energy = figures.parts, figures.energy
-        children.gpu.inc(joules(parts.gpu))
-        children.host.inc(joules(parts.host))
-        children.overhead.inc(joules(parts.overhead))
-        children.wasted.inc(joules(parts.wasted))
-        children.operational.inc(figures.operational)
+        children.gpu.add(joules(parts.gpu))
+        children.host.add(joules(parts.host))
+        children.overhead.add(joules(parts.overhead))
+        children.wasted.add(joules(parts.wasted))
+        children.operational.add(figures.operational)
         children.request.observe(energy)
         if receipt.tokens.completion:
             children.output_token.observe(energy / receipt.tokens.completion)
         if request.key is not None:
-            self._key(request.key).inc(energy)
+            self._key(request.key).add(energy)
         _observe_ratios(children, figures, provisional_energy)
 
     # within
 
     def _declare_requests(self) -> None:
-        known = [*self._models, UNKNOWN]
-        registry = self._registry
-        self._requests = Counter(
-            "joulegate_requests", "Requests that ended.", ("model", "endpoint", "code"), registry=registry
-        )
-        self._duration = Histogram(
+        self._requests = Sums("joulegate_requests", "Requests that ended.", ("model", "endpoint", "code"))
+        self._duration = Distributions(
             "joulegate_request_duration_seconds",
             "From the request's arrival to its response's end.",
             ("model", "endpoint"),
-            registry=registry,
-            buckets=REQUEST_SECONDS,
+            REQUEST_SECONDS,
         )
-        self._finished: dict[tuple[str, str, int], tuple[_Counting, _Observing]] = {}
-        first_token = Histogram(
+        self._finished: dict[tuple[str, str, int], tuple[Sum, Distribution]] = {}
+        self._all_first_tokens = Distributions(
             "joulegate_time_to_first_token_seconds",
             "From the request's arrival to its stream's first token.",
             ("model",),
-            registry=registry,
-            buckets=FIRST_TOKEN_SECONDS,
+            FIRST_TOKEN_SECONDS,
         )
-        self._first_token = {name: first_token.labels(name) for name in known}
-        self._all_tokens = Counter(
-            "joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"), registry=registry
-        )
-        self._tokens: dict[tuple[str, str], _Counting] = {}
-        in_flight = Gauge("joulegate_requests_in_flight", "Requests under way.", ("model",), registry=registry)
-        self._in_flight = {name: in_flight.labels(name) for name in known}
+        self._first_token: dict[str, Distribution] = {}
+        self._all_tokens = Sums("joulegate_tokens", "Tokens as the backends' usage says.", ("model", "kind"))
+        self._tokens: dict[str, tuple[Sum, ...]] = {}
+        self._all_in_flight = Sums("joulegate_requests_in_flight", "Requests under way.", ("model",), gauge=True)
+        self._in_flight: dict[str, Sum] = {}
+        families: list[Sums | Distributions] = [
+            self._requests,
+            self._duration,
+            self._all_first_tokens,
+            self._all_tokens,
+            self._all_in_flight,
+        ]
+        self._registry.register(TalliesCollector(families))
 
     def _declare_energy(self) -> None:
-        registry = self._registry
-        self._parts = Counter(
+        self._parts = Sums(
             "joulegate_energy_joules",
             "Settled energy of requests within the boundary, by part.",
             ("model", "task", "part"),
-            registry=registry,
         )
-        self._emissions = Counter(
-            "joulegate_emissions_grams", "Grams of CO2e of requests.", ("model", "task", "kind"), registry=registry
+        self._emissions = Sums("joulegate_emissions_grams", "Grams of CO2e of requests.", ("model", "task", "kind"))
+        self._request_energy = Distributions(
+            "joulegate_request_energy_joules", "Energy of a request.", ("model", "task"), REQUEST_JOULES
         )
-        self._request_energy = Histogram(
-            "joulegate_request_energy_joules",
-            "Energy of a request.",
-            ("model", "task"),
-            registry=registry,
-            buckets=REQUEST_JOULES,
+        self._token_energy = Distributions(
+            "joulegate_output_token_energy_joules", "Energy of a request per output token.", ("model",), TOKEN_JOULES
         )
-        self._token_energy = Histogram(
-            "joulegate_output_token_energy_joules",
-            "Energy of a request per output token.",
-            ("model",),
-            registry=registry,
-            buckets=TOKEN_JOULES,
+        self._interval = Distributions(
+            "joulegate_interval_ratio", "Width of a settled receipt's interval over its energy.", ("model",), RATIOS
         )
-        self._interval = Histogram(
-            "joulegate_interval_ratio",
-            "Width of a settled receipt's interval over its energy.",
-            ("model",),
-            registry=registry,
-            buckets=RATIOS,
-        )
-        self._provisional_error = Histogram(
+        self._provisional_error = Distributions(
             "joulegate_provisional_error_ratio",
             "How far the provisional energy was from the settled one, over the settled one.",
             ("model",),
-            registry=registry,
-            buckets=RATIOS,
+            RATIOS,
         )
         self._energies: dict[tuple[str, str], _Energy] = {}
-        self._key_energy = Counter(
-            "joulegate_key_energy_joules", "Energy of requests by key.", ("key",), registry=registry
-        )
-        self._keys: dict[str, _Counting] = {}
+        self._key_energy = Sums("joulegate_key_energy_joules", "Energy of requests by key.", ("key",))
+        self._keys: dict[str, Sum] = {}
+        families: list[Sums | Distributions] = [
+            self._parts, self._emissions, self._request_energy, self._token_energy, self._interval,
+            self._provisional_error, self._key_energy,
+        ]  # fmt: skip
+        self._registry.register(TalliesCollector(families))
 
     def _model(self, name: str) -> str:
         return self._models.get(name, UNKNOWN)
@@ -218,7 +204,7 @@ class Metrics:
             )
         return known
 
-    def _key(self, key: str) -> _Counting:
+    def _key(self, key: str) -> Sum:
         counter = self._keys.get(key)
         if counter is None:
             label = key if len(self._keys) < KEY_LABELS else OTHER_KEYS

@@ -1,10 +1,8 @@
 """Reading a request: its body within bounds, and of its JSON only what the proxy needs."""
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -15,32 +13,43 @@ from proxy.relay.endpoints import Endpoint
 from proxy.relay.forms import Form, is_form, read_form, with_model
 from proxy.relay.heads import Head
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_BODY_SECONDS = 60.0
 _STREAM_OPTIONS = b'"stream_options":{"include_usage":true}'
 
 
-class ClientGone(Exception):
-    """The client closed the connection before its request was complete."""
+RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Headers:
-    """A request's headers that the proxy heeds; everything else about the client stays with the proxy."""
+    """A request's headers that the proxy heeds; everything else about the client stays with the proxy.
 
-    content_length: int | None
-    content_type: bytes
-    client_request_id: str | None
-    energy_body: bool
-    forwarded: dict[str, str]
+    `forwarded` are lines for the backend, `raw` are all of them as they came.
+    """
+
+    raw: RawHeaders
+    host: bytes | None = None
+    origin: bytes | None = None
+    authorization: bytes | None = None
+    api_key: bytes | None = None
+    content_length: int | None = None
+    content_type: bytes = b""
+    client_request_id: bytes | None = None
+    energy_body: bool = True
+    forwarded: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Inbound:
+    """A request that has arrived whole. `key` names the caller's, `model` is the one its path names, if it does."""
+
+    headers: Headers
+    body: bytes
+    key: str | None
+    model: str | None
+
+
+@dataclass(slots=True)
 class Call:
     """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see.
 
@@ -55,58 +64,80 @@ class Call:
     form: Form | None = None
 
     @property
-    def content_type(self) -> str:
+    def content_type(self) -> bytes:
         """The body's, for the backend."""
-        return "application/json" if self.form is None else self.headers.content_type.decode("latin-1")
+        return b"application/json" if self.form is None else self.headers.content_type
 
     @property
     def streamed(self) -> bool:
         return bool(self.head.stream)
 
+    @property
+    def streams_events(self) -> bool:
+        """Whether the client waits for server-sent events."""
+        return self.streamed and self.form is None and self.endpoint.translation is None
 
-_FORWARDED = {b"traceparent": "traceparent", b"tracestate": "tracestate", b"accept-language": "Accept-Language"}
+
+_HEEDED = frozenset(
+    b"host origin authorization x-api-key content-length content-type x-request-id x-energy-body traceparent "
+    b"tracestate accept-language".split()
+)
 
 
-def read_headers(scope: Scope) -> Headers:
-    """Sort a request's headers; raises InvalidRequest for a Content-Length that is no number."""
-    length: int | None = None
-    content_type = b""
-    client_id: str | None = None
-    energy_body = True
-    forwarded: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            length = _length(value)
+def read_headers(raw: RawHeaders) -> Headers:
+    """Sort a request's headers, whose names are in lower case; raises InvalidRequest for two hosts or a bad length."""
+    headers = Headers(raw)
+    for name, value in raw:
+        if name not in _HEEDED:
+            continue
+        if name == b"host":
+            if headers.host is not None:
+                raise InvalidRequest("The request names two hosts.")
+            headers.host = value
         elif name == b"content-type":
-            content_type = value
+            headers.content_type = value
+        elif name == b"content-length":
+            headers.content_length = _length(value)
+        elif name == b"authorization":
+            headers.authorization = value
+        elif name == b"x-api-key":
+            headers.api_key = value
+        elif name == b"origin":
+            headers.origin = value
         elif name == b"x-request-id":
-            client_id = value.decode("ascii") if _SANE_ID.fullmatch(value) else None
+            headers.client_request_id = value if _SANE_ID.fullmatch(value) else None
         elif name == b"x-energy-body":
-            energy_body = value.strip().lower() != b"off"
-        elif name in _FORWARDED:
-            forwarded[_FORWARDED[name]] = value.decode("latin-1")
-    return Headers(length, content_type, client_id, energy_body, forwarded)
+            headers.energy_body = value.strip().lower() != b"off"
+        else:
+            headers.forwarded += b"%b: %b\r\n" % (name, value)
+    return headers
 
 
 def _length(value: bytes) -> int:
-    if not value.isdigit():
+    if not value.isdigit() or len(value) > 18:
         raise InvalidRequest("The Content-Length header is not a number.")
     return int(value)
 
 
-async def read_call(headers: Headers, endpoint: Endpoint, receive: Receive, limit: int) -> Call:
-    """Read and check a request; raises InvalidRequest, BodyTooLarge or ClientGone."""
+def check_headers(headers: Headers, endpoint: Endpoint, limit: int) -> None:
+    """What can be refused before the body has come; raises InvalidRequest or BodyTooLarge."""
+    if headers.content_length is not None and headers.content_length > limit:
+        raise BodyTooLarge(limit)
     as_form = endpoint.body != "json" and is_form(headers.content_type)
     if not as_form and (endpoint.body == "form" or not is_json(headers.content_type)):
         message = f"The Content-Type of this request must be {_CONTENT_TYPES[endpoint.body]}."
         raise InvalidRequest(message, code="invalid_content_type")
-    body = await read_body(headers, receive, limit)
-    if as_form:
+
+
+def read_call(asked: Inbound, endpoint: Endpoint) -> Call:
+    """Read a request whose headers have been checked; raises InvalidRequest."""
+    headers, body = asked.headers, asked.body
+    if endpoint.body != "json" and is_form(headers.content_type):
         form = read_form(headers.content_type, body)
         return Call(endpoint, body, form.head, headers, client_wants_usage=True, form=form)
     head = decode_head(endpoint, body)
-    asked = head.stream_options is not None and head.stream_options.include_usage is True
-    return Call(endpoint, body, head, headers, asked or endpoint.dialect is not OPENAI)
+    wanted = head.stream_options is not None and head.stream_options.include_usage is True
+    return Call(endpoint, body, head, headers, wanted or endpoint.dialect is not OPENAI)
 
 
 _CONTENT_TYPES = {
@@ -117,40 +148,16 @@ _CONTENT_TYPES = {
 
 
 def is_json(content_type: bytes) -> bool:
+    if content_type == b"application/json":
+        return True
     kind = content_type.split(b";", 1)[0].strip().lower()
     return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
 
 
-async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """The whole body, `limit` bytes at most, within a minute."""
-    if headers.content_length is not None and headers.content_length > limit:
-        raise BodyTooLarge(limit)
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            return await _collect(receive, limit)
-    except TimeoutError as error:
-        message = f"The request body did not arrive within {_BODY_SECONDS:.0f} s."
-        raise InvalidRequest(message, status=408, code="request_timeout") from error
-
-
-async def _collect(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise BodyTooLarge(limit)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
 def decode_head(endpoint: Endpoint, body: bytes) -> Head:
     try:
+        if not body.isascii():
+            body.decode()  # what is not read here is for the backend, which must be able to
         return endpoint.decode(body)
     except msgspec.ValidationError as error:
         message, param = _explain(str(error))

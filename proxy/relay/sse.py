@@ -63,3 +63,8 @@ def with_payload(event: bytes, data: bytes) -> bytes:
 
 def comment(text: bytes) -> bytes:
     return b": " + text + b"\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """One event with these data."""
+    return with_payload(b"", data)

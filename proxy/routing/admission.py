@@ -32,9 +32,18 @@ class Admission(Generic[Who]):
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def places(self) -> int | None:
+        """How many can be in at a time, those who wait among them; None for any number."""
+        return None if self._max_in_flight is None else self._max_in_flight + self._max_queue
+
+    @property
+    def has_room(self) -> bool:
+        return self._max_in_flight is None or self.in_flight < self._max_in_flight
+
     def arrive(self, who: Who) -> Decision:
         """One that may `go` is in flight, one that is to `wait` stands in the queue, one for whom it is `full` left."""
-        if self._max_in_flight is None or self.in_flight < self._max_in_flight:
+        if self.has_room:
             self.in_flight += 1
             return "go"
         if len(self._waiting) >= self._max_queue:
@@ -45,10 +54,20 @@ class Admission(Generic[Who]):
     def leave(self, seconds: float) -> Who | None:
         """One is done, after so many seconds in flight; the one that takes its place, if somebody waits."""
         self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-        if self._waiting:
-            return self._waiting.popitem(last=False)[0]
         self.in_flight -= 1
-        return None
+        return self._next()
+
+    def limit(self, max_in_flight: int | None, max_queue: int) -> list[Who]:
+        """Other limits from now on; those who need not wait any longer. Nobody is sent away who is in already."""
+        self._max_in_flight, self._max_queue = max_in_flight, max_queue
+        return list(iter(self._next, None))
+
+    def _next(self) -> Who | None:
+        """The first who waits, if there is room."""
+        if not self._waiting or not self.has_room:
+            return None
+        self.in_flight += 1
+        return self._waiting.popitem(last=False)[0]
 
     def give_up(self, who: Who) -> None:
         """One does not wait any longer."""
@@ -72,12 +91,41 @@ class Gate:
     def waiting(self) -> int:
         return self._admission.waiting
 
+    @property
+    def inside(self) -> int:
+        """Those in flight and those who wait."""
+        return self._admission.in_flight + self._admission.waiting
+
+    def rates(self) -> dict[str, str]:
+        """OpenAI's rate limit headers, for a model that takes so many requests at a time and lets so many wait."""
+        places = self._admission.places
+        if places is None:
+            return {}
+        left = max(0, places - self.inside)
+        return {
+            "x-ratelimit-limit-requests": str(places),
+            "x-ratelimit-remaining-requests": str(left),
+            "x-ratelimit-reset-requests": f"{0 if left else self._admission.retry_after}s",
+        }
+
+    def limit(self, max_in_flight: int | None, max_queue: int) -> None:
+        """Other limits, for those who wait as well."""
+        for turn in self._admission.limit(max_in_flight, max_queue):
+            turn.set_result(None)
+
+    def enter_at_once(self) -> float | None:
+        """The time of entry, if one need not wait."""
+        if not self._admission.has_room:
+            return None
+        self._admission.in_flight += 1
+        return time.monotonic()
+
     async def enter(self) -> float:
         """Wait for one's turn; raises Overloaded at once when the queue is full. Returns the time of entry."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         decision = self._admission.arrive(turn)
         if decision == "full":
-            raise Overloaded(self._model, self._admission.retry_after)
+            raise Overloaded(self._model, self._admission.retry_after, self.rates())
         if decision == "wait":
             await self._wait(turn)
         return time.monotonic()

@@ -19,6 +19,7 @@ class _Replica:
     order: int
     breaker: Breaker
     live: bool = False
+    leaving: bool = False
     work: float = 0.0
     requests: int = 0
     served: int = 0
@@ -31,12 +32,31 @@ class Balancer:
     """
 
     def __init__(self, replicas: Iterable[str], policy: BreakerPolicy | None = None) -> None:
-        policy = policy or BreakerPolicy()
-        self._replicas = {name: _Replica(name, at, Breaker(policy)) for at, name in enumerate(replicas)}
+        self._policy = policy or BreakerPolicy()
+        self._replicas: dict[str, _Replica] = {}
+        self.keep(replicas)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """These are the replicas from now on: new ones join, others leave once what they have under way is done."""
+        names = list(names)
+        # Of equally busy ones the newcomer must not get every request until it has served as many as the others.
+        served = min((replica.served for replica in self._replicas.values()), default=0)
+        for order, name in enumerate(names):
+            replica = self._replicas.setdefault(name, _Replica(name, order, Breaker(self._policy), served=served))
+            replica.order = order
+        for replica in [*self._replicas.values()]:
+            replica.leaving = replica.name not in names
+            self._drop_if_gone(replica)
+
+    def _drop_if_gone(self, replica: _Replica) -> None:
+        if replica.leaving and not replica.requests:
+            del self._replicas[replica.name]
 
     def set_live(self, name: str, live: bool) -> None:
-        """One that comes up anew starts without a past."""
-        replica = self._replicas[name]
+        """One that comes up anew starts without a past. One that has left is nobody's concern."""
+        replica = self._replicas.get(name)
+        if replica is None:
+            return
         if live and not replica.live:
             replica.breaker.reset()
         replica.live = live
@@ -49,16 +69,22 @@ class Balancer:
         Those in `avoid` are taken only if there is no other. `affinity` (a session, the beginning of a prompt) leads
         to the same replica each time, as long as that has not too much work.
         """
-        able = [replica for replica in self._replicas.values() if replica.live and replica.breaker.allows(now)]
-        fresh = [replica for replica in able if replica.name not in avoid] or able
-        if not fresh:
+        staying = [replica for replica in self._replicas.values() if replica.live and not replica.leaving]
+        able = [replica for replica in staying if replica.breaker.allows(now)]
+        if not able:
             return None
-        chosen = self._probed(fresh, now) or self._known(fresh, work, affinity) or _least_busy(fresh)
+        chosen = able[0] if len(able) == 1 else self._best(able, now, work, affinity, avoid)
         chosen.breaker.begin(now)
         chosen.work += work
         chosen.requests += 1
         chosen.served += 1
         return chosen.name
+
+    def _best(
+        self, able: list[_Replica], now: float, work: float, affinity: bytes | None, avoid: Collection[str]
+    ) -> _Replica:
+        fresh = [replica for replica in able if replica.name not in avoid] or able
+        return self._probed(fresh, now) or self._known(fresh, work, affinity) or _least_busy(fresh)
 
     def succeeded(self, name: str) -> None:
         self._replicas[name].breaker.succeeded()
@@ -73,16 +99,20 @@ class Balancer:
         replica.work = replica.work - work if replica.requests else 0.0  # no remainder of many sums
         if not judged:
             replica.breaker.abandoned()
+        self._drop_if_gone(replica)
 
     def outstanding(self, name: str) -> int:
-        return self._replicas[name].requests
+        """How many requests it has under way; none, if it is no replica."""
+        replica = self._replicas.get(name)
+        return replica.requests if replica is not None else 0
 
     def state(self, name: str, now: float) -> State:
         return self._replicas[name].breaker.state(now)
 
     def retry_in(self, now: float) -> float | None:
         """Seconds until a live replica may be asked again; None if none is live."""
-        return min((r.breaker.opens_in(now) for r in self._replicas.values() if r.live), default=None)
+        staying = [replica for replica in self._replicas.values() if replica.live and not replica.leaving]
+        return min((replica.breaker.opens_in(now) for replica in staying), default=None)
 
     def _probed(self, able: list[_Replica], now: float) -> _Replica | None:
         """One whose pause is over: a single request finds out whether it has recovered."""

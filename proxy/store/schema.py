@@ -20,6 +20,7 @@ from sqlalchemy import (
     insert,
     inspect,
     select,
+    text,
     update,
 )
 
@@ -29,7 +30,10 @@ metadata = MetaData()
 
 version_table = Table("joulegate_schema", metadata, Column("version", Integer, nullable=False))
 
-#: `document` is the `energy` object as clients get it; the columns are what one would ask for. `created` is Unix time.
+_HAS_KEY = text("key IS NOT NULL")
+
+#: The columns are what one would ask for, `document` is JSON with what else the `energy` object says. `created` is Unix
+#: time. Requests without a key, often all of them, are not in the index by key.
 receipts = Table(
     "receipts",
     metadata,
@@ -52,7 +56,7 @@ receipts = Table(
     Column("document", Text, nullable=False),
     Index("receipts_created", "created", "id"),
     Index("receipts_model_created", "model", "created", "id"),
-    Index("receipts_key_created", "key", "created", "id"),
+    Index("receipts_of_key", "key", "created", "id", sqlite_where=_HAS_KEY, postgresql_where=_HAS_KEY),
 )
 
 
@@ -64,7 +68,13 @@ def _receipts_table(connection: Connection) -> None:
     receipts.create(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_receipts_table,)
+def _smaller_key_index(connection: Connection) -> None:
+    connection.execute(text("DROP INDEX IF EXISTS receipts_key_created"))
+    for index in receipts.indexes:
+        index.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_receipts_table, _smaller_key_index)
 
 
 def migrate(connection: Connection) -> None:

@@ -16,7 +16,7 @@ from proxy.store.database import Database, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 #: Small, because encoding a batch holds the interpreter that also serves the data path.
-_BATCH = 200
+_BATCH = 1000
 _FIRST_RETRY_SECONDS = 0.5
 _LAST_RETRY_SECONDS = 15.0
 #: What a row is to blame for, and not the database.

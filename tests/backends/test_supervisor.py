@@ -342,3 +342,29 @@ def test_the_level_of_a_line_is_kept(line: str, level: int) -> None:
 )
 def test_the_cause_of_a_failure_is_found_in_its_log(lines: list[str], cause: str) -> None:
     assert cause_in(lines) == cause
+
+
+async def test_backends_come_and_go_while_the_others_run(run_dir: Path) -> None:
+    async with supervised(run_dir, spec("chat")) as (supervisor, changes):
+        await ready(supervisor)
+        stays = supervisor.pids()["chat"]
+        supervisor.add(spec("other"))
+        await ready(supervisor)
+        goes = supervisor.pids()["other"]
+        assert alive(goes)
+        await supervisor.remove("other")
+        assert not alive(goes)
+        assert (changes[-1].name, changes[-1].state, changes[-1].pid) == ("other", "stopped", None)
+        assert supervisor.pids() == {"chat": stays}
+        supervisor.suspect("other")
+        supervisor.unwatched("other", "no reason")
+
+
+async def test_one_that_is_removed_as_all_end_has_its_grace_and_is_gone(run_dir: Path) -> None:
+    async with supervised(run_dir, spec("chat")) as (supervisor, _):
+        await ready(supervisor)
+        pid = supervisor.pids()["chat"]
+        removing = asyncio.create_task(supervisor.remove("chat"))
+        await asyncio.sleep(0)
+    await removing
+    assert not alive(pid)

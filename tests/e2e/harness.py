@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 
 from backends.kinds import kind_of
 from backends.spec import BackendKind
@@ -41,7 +43,9 @@ def stand_ins(kind: str) -> BackendKind:
     """Every engine is the stand-in; as llama.cpp it does not report its steps."""
     if kind == "remote":
         return kind_of(kind)
-    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(kind, ("chat", "embedding", "audio"))
+    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(
+        kind, ("chat", "embedding", "score", "audio")
+    )
     return FakeKind(tasks=tasks, reports_steps=kind != "llamacpp")  # type: ignore[arg-type] # literals through a dict
 
 
@@ -110,6 +114,11 @@ class Proxy:
         rows = self.client.get("/v1/energy/devices").json()["data"]
         return {row["device"]: row for row in rows}
 
+    def truth(self, model: str = "chat") -> dict[str, Any]:
+        """What the stand-in engine of a model knows of itself."""
+        found: dict[str, Any] = httpx.get(f"{self.node.registry.states[model].url}/fake/truth").json()
+        return found
+
     def metric(self, name: str, **labels: str) -> float | None:
         """One sample of /metrics; None where there is none with these labels."""
         for line in self.client.get("/metrics").text.splitlines():
@@ -144,14 +153,24 @@ def running(
     record: Path | None = None,
     kinds: Callable[[str], BackendKind] = stand_ins,
     wait: bool = True,
+    after_reload: list[dict[str, Any]] | None = None,
     **config: Mapping[str, Any],
 ) -> Iterator[Proxy]:
-    """Run a proxy with stand-in backends; the law is checked when it ends."""
+    """Run a proxy with stand-in backends; the law is checked when it ends. `after_reload`: its models from then on."""
     document = {"models": models or MODELS, "store": {"url": f"sqlite:///{tmp_path}/receipts.db"}, **config}
     found = [SteadyMeter(), SteadyMeter("host", 50.0, kind="rapl")] if meters is None else meters
     recorder = Recorder(record) if record else None
-    node = Node(parse(document, source="test"), recorder=recorder, kinds=kinds, discovery=Discovery(found, []))
-    with socket.create_server(("127.0.0.1", 0)) as listening, asyncio.Runner() as runner:
+    node = Node(
+        parse(document, source="test"),
+        reread=partial(parse, document | {"models": after_reload}, source="test"),
+        recorder=recorder,
+        kinds=kinds,
+        discovery=Discovery(found, []),
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         port = listening.getsockname()[1]
         server = http_server(node)
         loop = runner.get_loop()

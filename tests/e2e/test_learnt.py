@@ -32,6 +32,27 @@ def test_coefficients_are_kept_across_restarts(tmp_path: Path) -> None:
     assert recalled["gpu:0"] == gpu
 
 
+def test_what_takes_over_from_a_backend_goes_on_with_what_that_had_learnt(tmp_path: Path) -> None:
+    backend = {"kind": "vllm", "model": "fake", "devices": [0], "args": {"prompt-ms": 0.02}}
+    other = {"name": "chat", "backend": backend}
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hi [[tokens=80 token_ms=5]]"}]}
+    with running(tmp_path, models=MODELS[:1], record=tmp_path / "run.jsonl", after_reload=[other]) as proxy:
+        for _ in range(3):
+            proxy.post("/v1/chat/completions", body)
+        proxy.on_loop(proxy.node.reload)
+        until(lambda: proxy.node.registry.models["chat"].backends == ("chat@2",))
+        receipt = proxy.receipt(proxy.post("/v1/chat/completions", body).headers["X-Request-Id"])
+        assert (receipt["method"], receipt["meter"]) == ("measured-steps", "nvml-counter+rapl")
+        until(lambda: "chat" not in proxy.node.registry.specs)
+    (recalled,) = [row for row in recorded_models(tmp_path / "run.jsonl") if row["device"] == "gpu:0"]
+    assert recalled["backend"] == "chat@2"
+    assert recalled["coefficients"]["windows"] > 0
+    kept = json.loads((tmp_path / "receipts.db.learnt.json").read_text())
+    (gpu,) = [row["coefficients"] for row in kept if row["of"][0] == "chat" and row["of"][2] == "gpu:0"]
+    assert gpu["windows"] > 0
+    assert gpu != recalled["coefficients"]
+
+
 def test_a_file_that_is_none_of_ours_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x.learnt.json"
     path.write_text('{"of": 1}')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.relay import relay
+from proxy.relay import exchange
 from tests.e2e.harness import MODELS, running
 
 CHAT = {"model": "elsewhere", "messages": [{"role": "user", "content": "hi"}]}
@@ -79,7 +79,7 @@ def test_an_error_of_our_own_is_500_and_a_failed_request(tmp_path: Path, monkeyp
     def broken(*_: object) -> bytes:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(relay, "upstream_body", broken)
+    monkeypatch.setattr(exchange, "upstream_body", broken)
     with running(tmp_path, models=MODELS[:1]) as proxy:
         answer = proxy.post("/v1/chat/completions", {**CHAT, "model": "chat"})
         assert answer.status_code == 500

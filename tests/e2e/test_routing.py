@@ -1,12 +1,14 @@
 """Several replicas of a model, and what happens when they fail, are full, or the proxy is to end."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -144,8 +146,15 @@ def test_more_than_may_wait_are_429_and_those_who_wait_are_served(tmp_path: Path
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
         assert refused.json()["error"]["type"] == "rate_limit_error"
+        rates = {name: refused.headers[f"x-ratelimit-{name}-requests"] for name in ("limit", "remaining", "reset")}
+        assert rates == {"limit": "3", "remaining": "0", "reset": f"{refused.headers['Retry-After']}s"}
         assert [answer.result(30).status_code for answer in slow] == [200] * 3
         assert proxy.metric("joulegate_queue_length", model="chat") == 0
+        assert ask(proxy, "hi").headers["x-ratelimit-remaining-requests"] == "2"
+
+
+def test_a_model_without_a_limit_tells_none(pair: Proxy) -> None:
+    assert "x-ratelimit-limit-requests" not in ask(pair, "hi").headers
 
 
 def test_one_who_leaves_the_queue_makes_room(tmp_path: Path) -> None:
@@ -161,12 +170,52 @@ def test_one_who_leaves_the_queue_makes_room(tmp_path: Path) -> None:
 
 
 def test_a_backend_that_does_not_begin_to_answer_in_time_is_504(tmp_path: Path) -> None:
-    with running(tmp_path, models=MODELS[:1], server={"timeouts": {"first_byte": 0.3}}) as proxy:
+    with running(tmp_path, models=MODELS[:1], server={"timeouts": {"first_byte": 1.0}}) as proxy:
         answer = ask(proxy, "hi [[head_ms=20000]]")
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "timeout"
         assert proxy.receipt(answer.headers["X-Request-Id"])["outcome"] == "failed"
         assert ask(proxy, "hi").status_code == 200
+
+
+def test_a_backend_that_takes_no_connection_in_time_is_503(tmp_path: Path) -> None:
+    with deaf() as (url, go_deaf):
+        models = [{"name": "chat", "backend": {"kind": "remote", "url": url}}]
+        with running(tmp_path, models=models, server={"timeouts": {"connect": 0.2}}) as proxy:
+            go_deaf()
+            answer = ask(proxy, "hi")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")
+
+
+@contextmanager
+def deaf() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A server with a healthy /health, until it does not even take connections any more."""
+    listening, heard, held = socket.create_server(("127.0.0.1", 0), backlog=0), threading.Event(), list[socket.socket]()
+    listening.settimeout(0.05)
+
+    def serve() -> None:
+        while not heard.is_set():
+            with contextlib.suppress(TimeoutError), listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    def go_deaf() -> None:
+        heard.set()
+        serving.join()
+        for _ in range(3):  # they fill its backlog; the system drops whoever else knocks
+            held.append(socket.socket())
+            held[-1].setblocking(False)
+            held[-1].connect_ex(listening.getsockname())
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", go_deaf
+    finally:
+        heard.set()
+        serving.join()
+        for connection in (*held, listening):
+            connection.close()
 
 
 def test_a_stream_longer_than_the_total_time_ends_with_an_error_event_and_its_energy(tmp_path: Path) -> None:
@@ -230,7 +279,18 @@ def test_sigterm_lets_those_under_way_finish_and_stores_their_receipts(
     assert serving.stop(signal.SIGTERM) == 0
     listed = subprocess.run(
         [sys.executable, "-c", f"import sqlite3; print(sqlite3.connect({str(tmp_path / 'joulegate.db')!r})"
-         ".execute('SELECT document FROM receipts').fetchall()[0][0])"],
+         ".execute('SELECT outcome FROM receipts').fetchall()[0][0])"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert json.loads(listed.stdout)["outcome"] == ("completed" if whole else "cancelled")
+    assert listed.stdout.strip() == ("completed" if whole else "cancelled")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_remote_that_does_not_take_the_proxys_own_key_is_no_fault_of_the_client(tmp_path: Path, status: int) -> None:
+    with flaky() as (url, answers):
+        answers[0] = status
+        remote = {"name": "chat", "backend": {"kind": "remote", "url": url}}
+        with running(tmp_path, models=[remote]) as proxy:
+            answer = ask(proxy, "hi")
+            assert answer.status_code == 502
+            assert answer.json()["error"]["code"] == "backend_refused_key"

@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
-from tests.e2e.harness import Proxy, energy_comment, events, until
+from tests.e2e.harness import MODELS, Proxy, energy_comment, events, running, until
 
 PROMPT = "one two [[tokens=20 token_ms=5]]"
 
@@ -130,3 +134,44 @@ def test_a_stream_that_asks_for_other_options_keeps_them(proxy: Proxy) -> None:
     body = httpx.get(f"{url}/fake/requests").json()[-1]["body"]
     sent = json.loads(body) if isinstance(body, str) else body
     assert sent["stream_options"] == {"include_usage": True, "chunk": 3}
+
+
+def test_a_silent_streams_client_sees_signs_of_life(tmp_path: Path) -> None:
+    with running(tmp_path, models=MODELS[:1], server={"keep_alive_seconds": 0.2}) as proxy:
+        text = proxy.post("/v1/chat/completions", chat("hi [[tokens=3 token_ms=700]]")).text
+        assert text.count(": keep-alive\n\n") >= 3
+        assert sum(1 for event in events(text)[:-1] if event["choices"][0]["delta"].get("content")) == 3
+        assert energy_comment(text)["outcome"] == "completed"
+
+
+def test_signs_of_life_come_before_the_backend_has_said_anything_and_errors_still_reach_the_client(
+    tmp_path: Path,
+) -> None:
+    server = {"keep_alive_seconds": 0.2, "timeouts": {"first_byte": 1.0}}
+    with running(tmp_path, models=MODELS[:1], server=server) as proxy:
+        answer = proxy.post("/v1/chat/completions", chat("hi [[head_ms=3000]]"))
+        assert answer.status_code == 200
+        assert answer.text.startswith(": keep-alive\n\n")
+        failure, done = events(answer.text)
+        assert failure["error"]["code"] == "timeout"
+        assert done == "[DONE]"
+        assert energy_comment(answer.text)["outcome"] == "failed"
+        plain = proxy.post("/v1/chat/completions", chat("hi [[head_ms=3000]]") | {"stream": False})
+        assert plain.status_code == 504
+
+
+def test_a_client_that_reads_slowly_holds_up_its_backend_and_not_the_proxys_memory(proxy: Proxy) -> None:
+    parts = urlsplit(proxy.url)
+    body = json.dumps(chat("hi [[tokens=400 big=200000 token_ms=1]]")).encode()
+    before = psutil.Process().memory_info().rss
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(2.0)
+        assert psutil.Process().memory_info().rss - before < 30 * 1024 * 1024
+        got = 0
+        while data := connection.recv(1 << 20):
+            got += len(data)
+            if data.endswith(b"0\r\n\r\n"):
+                break
+    assert got > 80_000_000

@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from bench.attribution.emission import Arrival, emit, poll, request_id
 from bench.attribution.scenarios import Meter, Scenario, load
@@ -135,7 +136,7 @@ def test_outliers_do_not_poison_what_was_learnt() -> None:
         step = arrival.event
         if not isinstance(step, Step) or rng.random() > 0.01:
             return arrival
-        return Arrival(arrival.at, replace(step, tokens=[10 * tokens for tokens in step.tokens]))
+        return Arrival(arrival.at, structs.replace(step, tokens=[10 * tokens for tokens in step.tokens]))
 
     told = joules(run([spoilt(arrival) for arrival in arrivals]).settled)
     assert np.median(errors(told, truth)) < 0.05

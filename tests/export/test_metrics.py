@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.energy.attribution import DeviceBalance
@@ -45,9 +46,9 @@ def test_a_request_is_counted_and_timed(metrics: Metrics) -> None:
 
 
 def test_tokens_first_tokens_and_requests_in_flight(metrics: Metrics) -> None:
-    metrics.tokens("chat", "prompt", 12)
-    metrics.tokens("chat", "completion", 40)
-    metrics.tokens("chat", "completion", 2)
+    metrics.tokens("chat", Tokens(prompt=12))
+    metrics.tokens("chat", Tokens(completion=40))
+    metrics.tokens("chat", Tokens(completion=2))
     metrics.first_token("chat", 0.05)
     metrics.in_flight("chat", 1)
     metrics.in_flight("chat", 1)
@@ -82,10 +83,8 @@ def test_what_was_not_measured_moves_nothing(metrics: Metrics) -> None:
 def test_ratios_of_nothing_are_not_observed(metrics: Metrics) -> None:
     base = receipt("a")
     assert base.figures is not None
-    nothing = dataclasses.replace(base.figures.parts, gpu=Microjoules(0), host=Microjoules(0))
-    empty = dataclasses.replace(
-        base, figures=dataclasses.replace(base.figures, parts=nothing), tokens=Tokens(completion=0)
-    )
+    nothing = structs.replace(base.figures.parts, gpu=Microjoules(0), host=Microjoules(0))
+    empty = structs.replace(base, figures=structs.replace(base.figures, parts=nothing), tokens=Tokens(completion=0))
     metrics.receipt_settled(empty, Microjoules(5))
     assert value(metrics, "joulegate_request_energy_joules_count", model="chat") == 1
     for name in ("interval_ratio", "provisional_error_ratio", "output_token_energy_joules"):
@@ -105,7 +104,7 @@ def test_clients_cannot_multiply_labels(metrics: Metrics) -> None:
     for number in range(50):
         made_up = f"model-{number}"
         metrics.request_finished(made_up, "/v1/chat/completions", 404, 0.1)
-        metrics.tokens(made_up, "prompt", 1)
+        metrics.tokens(made_up, Tokens(prompt=1))
         metrics.first_token(made_up, 0.1)
         metrics.in_flight(made_up, 1)
         metrics.receipt_settled(receipt(str(number), model=made_up), None)
@@ -161,8 +160,8 @@ def test_a_broken_balance_shows_as_residual(metrics: Metrics) -> None:
 
 def test_two_nodes_in_one_process_do_not_share_counts() -> None:
     one, other = Metrics(["chat"]), Metrics(["chat"])
-    one.tokens("chat", "prompt", 1)
-    assert value(other, "joulegate_tokens_total") is None
+    one.tokens("chat", Tokens(prompt=1))
+    assert value(other, "joulegate_tokens_total", kind="prompt", model="chat") == 0
 
 
 def test_the_process_itself_is_watched(metrics: Metrics) -> None:

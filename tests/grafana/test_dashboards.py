@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from grafana.dashboards import FOLDER, rendered
+from proxy.energy.receipt import Tokens
 from proxy.export.metrics import Metrics
 from tests.export.nodes import snapshot
 from tests.receipts import receipt
@@ -35,7 +36,7 @@ def exported() -> set[str]:
     metrics.watch(lambda: snapshot(lost=1))
     metrics.request_finished("chat", "/v1/chat/completions", 200, 0.1)
     metrics.first_token("chat", 0.1)
-    metrics.tokens("chat", "completion", 1)
+    metrics.tokens("chat", Tokens(completion=1))
     metrics.receipt_settled(receipt("a"), None)
     families = text_string_to_metric_families(metrics.render().decode())
     return {sample.name for family in families for sample in family.samples}

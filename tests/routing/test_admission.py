@@ -76,3 +76,23 @@ def test_no_retry_begins_late_or_before_the_backend_wants_it(
         assert elapsed + pause <= POLICY.within
     else:
         assert asked > POLICY.pause_cap or elapsed + POLICY.pause_cap > POLICY.within
+
+
+def test_higher_limits_let_in_those_who_wait_in_their_order() -> None:
+    admission: Admission[str] = Admission(1, 9)
+    for who in "abcd":
+        admission.arrive(who)
+    assert admission.limit(3, 9) == ["b", "c"]
+    assert (admission.in_flight, admission.waiting) == (3, 1)
+    assert admission.limit(None, 0) == ["d"]
+    assert admission.arrive("e") == "go"
+
+
+def test_lower_limits_send_nobody_away_and_hold_for_the_next() -> None:
+    admission: Admission[str] = Admission(3, 9)
+    for who in "abcde":
+        admission.arrive(who)
+    assert admission.limit(1, 1) == []
+    assert admission.arrive("f") == "full"
+    assert [admission.leave(1.0) for _ in range(3)] == [None, None, "d"]
+    assert (admission.in_flight, admission.waiting) == (1, 1)

@@ -152,3 +152,32 @@ def test_outstanding_work_is_what_was_chosen_and_not_released(events: list[tuple
             all_four.release(name, 1.0, judged=event != "left")
             held[name] -= 1
         assert {n: all_four.outstanding(n) for n in names} == {n: held[n] for n in names}
+
+
+def test_a_replica_that_leaves_gets_nothing_more_and_is_forgotten_when_it_is_done() -> None:
+    pair = balancer("a", "b")
+    assert pair.choose(0) == "a"
+    pair.keep(["b"])
+    assert [pair.choose(0) for _ in range(3)] == ["b"] * 3
+    assert pair.outstanding("a") == 1
+    pair.failed("a", 0)
+    pair.release("a", 1, judged=True)
+    assert pair.outstanding("a") == 0
+    pair.set_live("a", True)
+    assert pair.choose(0, avoid=["b"]) == "b"
+
+
+def test_a_newcomer_shares_the_work_from_where_the_others_are() -> None:
+    trio = balancer("a", "b")
+    for _ in range(10):
+        trio.release(str(trio.choose(0)), 1, judged=True)
+    trio.keep(["a", "b", "c"])
+    assert trio.choose(0) == "a"  # the newcomer is not up yet
+    trio.release("a", 1, judged=True)
+    trio.set_live("c", True)
+    chosen = Counter[str]()
+    for _ in range(9):
+        name = str(trio.choose(0))
+        trio.release(name, 1, judged=True)
+        chosen[name] += 1
+    assert max(chosen.values()) <= 4

@@ -319,3 +319,24 @@ def test_neither_passwords_nor_receipts_are_logged(caplog: pytest.LogCaptureFixt
     assert "check that the database is up" in caplog.text
     assert "hunter2" not in caplog.text
     assert "my-secret-model" not in caplog.text
+
+
+def test_a_database_of_the_first_version_is_read_on_and_loses_its_wide_index(file: Path) -> None:
+    with closing(opened(file)) as store:
+        store.put(receipt("new"))
+        assert store.flush()
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("DROP INDEX receipts_of_key")
+        database.execute("CREATE INDEX receipts_key_created ON receipts (key, created, id)")
+        database.execute("UPDATE joulegate_schema SET version = 1")
+        whole = encode_receipt(receipt("old")).decode()
+        database.execute("UPDATE receipts SET id = 'old', document = ?", (whole,))
+        database.commit()
+    with closing(opened(file)) as store:
+        found = store.get("old")
+        assert found is not None
+        assert found.document.decode() == whole
+    with closing(sqlite3.connect(file)) as database:
+        names = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert "receipts_of_key" in names
+    assert "receipts_key_created" not in names
