@@ -297,12 +297,16 @@ def fixed_joules(energy: int) -> str:
 
 
 def attribution_line(attribution: Attribution) -> str:
-    """A settled request's line of output, without a newline."""
+    """A settled request's line of output, without a newline.
+
+    Its joules are null where it worked on a device while nothing measured that: `devices` then has the measured ones.
+    """
     shares = attribution.devices
+    known = not attribution.unmeasured
     figures = {
-        "energy_joules": sum(share.active for share in shares.values()),
-        "low_joules": sum(share.low for share in shares.values()),
-        "high_joules": sum(share.high for share in shares.values()),
+        "energy_joules": sum(share.active for share in shares.values()) if known else None,
+        "low_joules": sum(share.low for share in shares.values()) if known else None,
+        "high_joules": sum(share.high for share in shares.values()) if known else None,
     }
     by_device = ",".join(f"{_text(device)}:{fixed_joules(share.active)}" for device, share in shares.items())
     return (
@@ -325,8 +329,10 @@ def balance_line(balance: DeviceBalance) -> str:
     return f'{{"device":{_text(balance.device)},{_figures(figures)}}}'
 
 
-def _figures(figures: Mapping[str, int]) -> str:
-    return ",".join(f'"{name}":{fixed_joules(energy)}' for name, energy in figures.items())
+def _figures(figures: Mapping[str, int | None]) -> str:
+    return ",".join(
+        f'"{name}":{"null" if energy is None else fixed_joules(energy)}' for name, energy in figures.items()
+    )
 
 
 def _text(value: str) -> str:

@@ -436,6 +436,9 @@ class Ledger:
         lost_ratios = np.array([self._backend(request.backend).lost_ratio(request) for request in requests])
         for name, book in self._devices.items():
             self._add_shares(name, book, slots, lost_ratios, shares, unmeasured)
+        for place, request in enumerate(requests):
+            if request.announced and not shares[place] and not self._backends[request.backend].reports:
+                unmeasured[place] = tuple(self._devices)  # its backend told nothing: it may have worked anywhere
         return [
             self._attribution(request, own, none, ended=request.finished or request.started, settled=True)
             for request, own, none in zip(requests, shares, unmeasured, strict=True)

@@ -19,10 +19,8 @@ JOULES_PER_KILOWATT_HOUR = 3_600_000.0
 
 
 def microjoules(joules: float) -> Microjoules:
-    """Round joules to integer microjoules; raises ValueError for what is not a finite number."""
-    if not math.isfinite(joules):
-        raise ValueError(f"energy is not a finite number: {joules}")
-    return Microjoules(round(joules * 1_000_000))
+    """Round joules to integer microjoules; raises ValueError for what is not a finite number, in these or in those."""
+    return Microjoules(_scaled("energy", joules, 1_000_000))
 
 
 def joules(energy: Microjoules) -> Joules:
@@ -30,11 +28,21 @@ def joules(energy: Microjoules) -> Joules:
 
 
 def nanoseconds(seconds: float) -> Nanoseconds:
-    """Round seconds to integer nanoseconds; raises ValueError for what is not a finite number."""
-    if not math.isfinite(seconds):
-        raise ValueError(f"time is not a finite number: {seconds}")
-    return Nanoseconds(round(seconds * 1_000_000_000))
+    """Round seconds to integer nanoseconds; raises ValueError for what is not a finite number, in these or in those."""
+    return Nanoseconds(_scaled("time", seconds, 1_000_000_000))
 
 
 def seconds(time: Nanoseconds) -> Seconds:
     return Seconds(time / 1_000_000_000)
+
+
+def _scaled(what: str, value: float, factor: int) -> int:
+    try:
+        scaled = float(value) * factor
+    except OverflowError as error:  # an integer beyond all floats
+        raise ValueError(f"{what} is out of range") from error
+    if not math.isfinite(scaled):
+        raise ValueError(
+            f"{what} is out of range: {value}" if math.isfinite(value) else f"{what} is not a finite number: {value}"
+        )
+    return round(scaled)

@@ -11,7 +11,9 @@ import pytest
 from msgspec import structs
 
 from bench.attribution.emission import Arrival, emit, poll, request_id
-from bench.attribution.scenarios import Meter, Scenario, load
+from bench.attribution.engine import Traffic
+from bench.attribution.gpu import LLAMA_8B
+from bench.attribution.scenarios import Backend, Meter, Scenario, load
 from bench.attribution.simulation import simulate
 from proxy.energy.attribution import Attribution
 from proxy.energy.events import Device, Event, Finish, Model, Start, Step
@@ -90,6 +92,27 @@ def test_provisional_figures_are_near_the_settled_ones() -> None:
     settled, told = joules(outcome.settled), joules(outcome.provisional)
     off = [abs(told[name] / settled[name] - 1) for name in settled if seconds(outcome.settled[name]) >= 0.5]
     assert np.mean(off) <= 0.05
+
+
+@pytest.mark.parametrize(("rate", "prompt", "output"), [(20.0, 50.0, 1.0), (5.0, 100.0, 2.0)])
+def test_the_first_figures_of_very_short_requests_do_not_claim_to_know(
+    rate: float, prompt: float, output: float
+) -> None:
+    """Milliseconds of work, told before a window has closed: nine of ten intervals hold the truth and what settles."""
+    inside, settled_inside = list[bool](), list[bool]()
+    for seed in range(1, 5):
+        traffic = Traffic(rate, prompt_median=prompt, output_median=output)
+        arrivals, truth = world(Scenario("short", (Backend("chat", LLAMA_8B, traffic),), 2.0, seed=seed))
+        outcome = run(arrivals)
+        for name, told in outcome.provisional.items():
+            if not told.devices:  # the engine had never told of anything: no figure is no false one
+                continue
+            share = told.devices[DEVICE]
+            inside.append(share.low <= 1e6 * truth[name] <= share.high)
+            settled_inside.append(share.low <= outcome.settled[name].devices[DEVICE].active <= share.high)
+    assert len(inside) > 30
+    assert np.mean(inside) >= 0.9
+    assert np.mean(settled_inside) >= 0.9
 
 
 def test_a_prior_from_the_models_config_is_right_within_a_quarter_from_the_first_request() -> None:

@@ -342,6 +342,25 @@ def test_estimated_only_if_every_meter_is() -> None:
     assert (requests["a"].method, requests["b"].method) == ("measured-steps", "estimated")
 
 
+def test_a_figure_before_anything_is_known_of_a_device_may_be_anything_possible() -> None:
+    ledger = told(Ledger(known_only=True), GPU, start("a", 0), sample("gpu:0", 0, 0), step(0.001, 0.002, {"a": 5}))
+    a = told(ledger, finish("a", 0.002)).attribution("a")
+    assert a is not None
+    share = a.devices["gpu:0"]
+    assert share.low == 0
+    assert share.high / JOULE == pytest.approx(1500 * 0.001, rel=0.01)
+
+
+def test_an_answer_that_overtakes_its_only_step_report_is_no_silent_zero() -> None:
+    ledger = told(calibrated(known_only=True), start("a", 9), step(9, 9.9, {"a": 5}), finish("a", 9.9))
+    b = told(ledger, start("b", 10), finish("b", 10.01)).attribution("b")
+    assert b is not None
+    share = b.devices["gpu:0"]
+    assert 0 == share.low < share.active < share.high
+    told(ledger, step(10, 10.01, {"b": 5}), sample("gpu:0", 10.5, 1060))
+    assert share.low <= closed(ledger)["b"].devices["gpu:0"].active <= share.high
+
+
 # --- idle, marginal, full ---
 
 
@@ -386,6 +405,9 @@ def test_meanwhile_is_all_that_the_device_used() -> None:
         (Step("chat", ("gpu:0",), at(2), at(1), ["a"], [1], [1]), "ends before it begins"),
         (Step("chat", ("gpu:0",), at(0), at(1), ["a"], [1, 2], [1]), "different lengths"),
         (Step("chat", ("gpu:0",), at(0), at(1), ["a"], [-1], [1]), "negative work"),
+        (Step("chat", ("gpu:0",), at(0), at(1), ["a", "b"], [1, 1], [1, -1]), "negative work"),
+        (Step("chat", ("gpu:0",), at(0), at(1), ["a", "b"], [1, 2**70], [1, 1]), "implausibly much"),
+        (Step("chat", ("gpu:0",), at(0), at(1), ["a"], [1], [2**54]), "implausibly much"),
         (sample("gpu:0", 11, -5), "out of range"),
         (sample("gpu:0", 1e30, 5), "out of range"),
         (Processes("gpu:0", at(1), 1.5), "0..1"),

@@ -70,8 +70,14 @@ def engines(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFacto
 
     def start() -> AbstractContextManager[Engines]:
         folder, models = tmp_path_factory.mktemp("engines"), tiny_models()
+        guided = {
+            "enable-auto-tool-choice": True,
+            "tool-call-parser": "hermes",
+            # A random model would fill its answers by schema with spaces.
+            "structured-outputs-config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        }
         served = [
-            model("llama", models / "llama", {"max-model-len": 8192}, python=with_plugin(folder, "llama")),
+            model("llama", models / "llama", {"max-model-len": 8192, **guided}, python=with_plugin(folder, "llama")),
             model("bert", models / "bert", {"max-model-len": 256, "runner": "pooling"}),
             model("embedder", models / "llama", {"max-model-len": 256, "runner": "pooling"}),
             model(

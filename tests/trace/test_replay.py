@@ -79,3 +79,32 @@ def test_a_malformed_line_is_told_with_its_line(tmp_path: Path) -> None:
     trace.write_text("\n".join([DEVICE, sample(1, 5), '{"type":"sample"']) + "\n")
     with pytest.raises(TraceError, match=r"trace\.jsonl:3: "):
         replay(trace, io.StringIO())
+
+
+def test_work_that_no_meter_ever_saw_has_no_figure_instead_of_a_false_zero(tmp_path: Path) -> None:
+    """Before the first sample, after the last one, or on a device without any."""
+    never = replayed(tmp_path, DEVICE, step(0, 1, "a"), finish("a", 1))
+    late = replayed(tmp_path, DEVICE, sample(0, 0), step(0, 1, "b"), sample(1, 50), step(2, 3, "a"), finish("a", 3))
+    early = replayed(tmp_path, DEVICE, step(0, 1, "a"), finish("a", 1), sample(2, 0), step(2, 3, "b"), sample(3, 50))
+    for rows in (never, late, early):
+        [a] = [row for row in rows if row.get("request") == "a"]
+        assert (a["energy_joules"], a["low_joules"], a["high_joules"], a["devices"]) == (None, None, None, {})
+        assert rows[-1]["residual_joules"] == 0
+
+
+def test_half_a_figure_is_none(tmp_path: Path) -> None:
+    host = '{"type":"device","device":"host","name":"CPU","meter":"rapl"}'
+    both = step(0, 1, "a").replace('["gpu:0"]', '["gpu:0", "host"]')
+    [a, *_] = replayed(tmp_path, DEVICE, host, sample(0, 0), both, finish("a", 1), sample(1, 50))
+    assert (a["energy_joules"], a["devices"]) == (None, {"gpu:0": 50})
+
+
+def test_a_request_whose_backend_tells_nothing_has_no_figure(tmp_path: Path) -> None:
+    started = '{"type":"start","request":"a","at":0,"backend":"silent"}'
+    [a, *_] = replayed(tmp_path, DEVICE, started, sample(0, 0), finish("a", 1), sample(1, 50))
+    assert (a["energy_joules"], a["devices"]) == (None, {})
+
+
+def test_a_request_that_did_nothing_used_nothing(tmp_path: Path) -> None:
+    [a, *_] = replayed(tmp_path, DEVICE, sample(0, 0), finish("a", 1), sample(1, 50))
+    assert (a["energy_joules"], a["devices"]) == (0, {})
