@@ -200,6 +200,7 @@ _EXCEPTION = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Interrupt
 _HOLLOW = re.compile(r"root cause|initialization failed|see (?:the )?(?:logs?|stack ?trace)|core proc", re.IGNORECASE)
 
 
+_DETAIL_LINES = 12
 _VALIDATION = re.compile(r"\d+ validation errors? for")
 _PROCESS = re.compile(r"^\(\S+(?: pid=\d+)?\)\s*")
 _LABEL = re.compile(r"^(?:ERROR|CRITICAL|FATAL):?\s+")
@@ -211,7 +212,7 @@ def cause_in(lines: Sequence[str], *, any_line: bool = True) -> str:
     Without an error among the lines it is the last one, if `any_line` will do.
     """
     exceptions = [
-        _with_detail(found[1], lines[index + 1 : index + 3])
+        _with_detail(found[1], lines[index + 1 : index + 1 + _DETAIL_LINES])
         for index, line in enumerate(lines)
         if (found := _EXCEPTION.search(line))
     ]
@@ -224,9 +225,12 @@ def cause_in(lines: Sequence[str], *, any_line: bool = True) -> str:
 
 
 def _with_detail(error: str, following: Sequence[str]) -> str:
-    """pydantic says what is wrong below its error: the field on a line of its own (or none), then the reason."""
+    """pydantic says what is wrong below its error: perhaps the field's name, then the reason, to where its type is."""
     if not _VALIDATION.search(error):
         return error
     details = [_PROCESS.sub("", line).strip() for line in following]
-    reason = next((detail for detail in details if "[type=" in detail), "")
-    return f"{error}: {reason.partition(' [type=')[0]}" if reason else error
+    last = next((index for index, detail in enumerate(details) if "[type=" in detail), None)
+    if last is None:
+        return error
+    reason = " ".join(details[: last + 1]).partition("[type=")[0]
+    return f"{error}: {reason.strip()}"

@@ -120,6 +120,9 @@ def attempt_id(engine_id: str) -> str:
 
 # --- the engine's side ---
 
+#: A step's column of ids, or what `encoded` made of it.
+Ids = Sequence[str] | msgspec.Raw
+
 
 class StepReporter:
     """Tells an engine's steps to the proxy; safe to call from several threads, never blocks, never raises.
@@ -166,7 +169,7 @@ class StepReporter:
         self,
         started_ns: int,
         ended_ns: int,
-        requests: Sequence[str],
+        requests: Ids,
         tokens: Sequence[int],
         contexts: Sequence[int],
         *,
@@ -244,7 +247,16 @@ class StepReporter:
 
 
 #: A step on its way out: the fields of `StepReport`, unchecked, as the engine gave them.
-_Outgoing = tuple[int, int, tuple[str, ...], Sequence[str], Sequence[int], Sequence[int]]
+_Outgoing = tuple[int, int, tuple[str, ...], Ids, Sequence[int], Sequence[int]]
+
+
+def _participants(step: _Outgoing) -> int:
+    return len(step[4])
+
+
+def encoded(ids: Sequence[str]) -> msgspec.Raw:
+    """Ids that will be reported many times, as they go over the socket."""
+    return msgspec.Raw(msgspec.msgpack.encode(ids))
 
 
 class _Outbox:
@@ -273,7 +285,7 @@ class _Outbox:
 
     def add(self, step: _Outgoing) -> None:
         self._steps.append(step)
-        self._participants += len(step[3])
+        self._participants += _participants(step)
         while len(self._steps) > 1 and (len(self._steps) > _KEPT_STEPS or self._participants > _KEPT_PARTICIPANTS):
             self._drop_oldest()
 
@@ -284,7 +296,7 @@ class _Outbox:
         """The next message, which stays here until it is `taken` or `refused`."""
         self._in_message, participants = 0, 0
         for step in self._steps:
-            participants += len(step[3])
+            participants += _participants(step)
             if self._in_message and participants > _MESSAGE_PARTICIPANTS:
                 break
             self._in_message += 1
@@ -306,7 +318,7 @@ class _Outbox:
     def taken(self) -> None:
         self._sequence += self._in_message
         for _ in range(self._in_message):
-            self._participants -= len(self._steps.popleft()[3])
+            self._take_oldest()
         for _ in range(self._states_in_message):
             self._states.popleft()
 
@@ -316,8 +328,11 @@ class _Outbox:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        self._participants -= len(self._steps.popleft()[3])
+        self._take_oldest()
         self.lost += 1
+
+    def _take_oldest(self) -> None:
+        self._participants -= _participants(self._steps.popleft())
 
 
 _SENT, _LATER, _NEVER = "sent", "later", "never"

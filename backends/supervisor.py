@@ -149,11 +149,13 @@ class Supervisor:
         if backend is not None:
             backend.doubted.set()
 
-    def unwatched(self, name: str) -> None:
+    def unwatched(self, name: str, why: str) -> None:
         """Note that a backend's engine has said it cannot tell its steps (until it is started again)."""
         backend = self._backends.get(name)
         if backend is not None:
-            logger.warning("%s: its engine cannot tell its steps: its requests are accounted by their tokens", name)
+            logger.warning(
+                "%s: its engine cannot tell its steps (%s): its requests are accounted by their tokens", name, why
+            )
             backend.mark_unwatched()
 
     def changed(self, status: BackendStatus) -> None:

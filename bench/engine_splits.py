@@ -9,7 +9,6 @@ rules are for requests that anybody could send.
 import argparse
 import io
 import json
-import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -25,7 +24,7 @@ from proxy.energy.events import Finish, Sample, Start, Step
 from proxy.replay import replay
 from proxy.trace import read_events
 from tests.e2e.harness import running, until
-from tests.engines.conftest import STARTUP_SECONDS, model
+from tests.engines.engines import STARTUP_SECONDS, model
 from tests.engines.environment import tiny_models
 
 DEVICE = "gpu:0"
@@ -35,10 +34,8 @@ REQUESTS_EACH, AT_ONCE = 12, 8
 
 def record(folder: Path) -> Path:
     """Play the mix to a real engine; the trace of it."""
-    # In GiB; without it vLLM wants nearly all of the machine's memory to be free.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     trace = folder / "trace.jsonl"
-    served = [model("llama", tiny_models() / "llama", **{"max-model-len": 4096, "enable-prefix-caching": False})]
+    served = [model("llama", tiny_models() / "llama", {"max-model-len": 4096, "enable-prefix-caching": False})]
     with running(folder, models=served, kinds=kind_of, record=trace, wait=False) as proxy:
         until(lambda: proxy.client.get("/ready").status_code == 200, STARTUP_SECONDS)
 

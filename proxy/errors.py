@@ -110,9 +110,9 @@ class Overloaded(ApiError):
     status = 429
     type = "rate_limit_error"
 
-    def __init__(self, model: str, retry_after: int) -> None:
+    def __init__(self, model: str, retry_after: int, rates: Mapping[str, str]) -> None:
         message = f"The queue of model '{model}' is full. Try again in {retry_after} s."
-        super().__init__(message, code="queue_full", headers={"Retry-After": str(retry_after)})
+        super().__init__(message, code="queue_full", headers={"Retry-After": str(retry_after), **rates})
 
 
 class UpstreamFailed(ApiError):

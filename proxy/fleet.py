@@ -20,6 +20,8 @@ from proxy.routing.registry import ModelPlan, Registry
 log = logging.getLogger("joulegate.fleet")
 
 _LOOK_SECONDS = 0.05
+#: So many starts a backend has before it is said to have failed.
+_STARTS = 2
 #: For requests that are broken off, to notice it.
 _BREAKING_SECONDS = 5.0
 
@@ -85,7 +87,7 @@ class StepSockets:
             on_steps=steps,
             on_loss=lambda name, reports: self._accountant.lost(ids[name], reports),
             on_state=_ignore_state,
-            on_unable=lambda name, _: self._supervisor.unwatched(ids[name]),
+            on_unable=lambda name, why: self._supervisor.unwatched(ids[name], why),
         )
 
 
@@ -172,16 +174,15 @@ class Fleet:
 
     async def _begin(self, spec: BackendSpec) -> None:
         await self._room_for(spec)
-        reports = True
+        deaf: OSError | None = None
         try:
             await self._sockets.open(spec)
         except OSError as error:
-            log.error("%s: its steps cannot be reported: %s", spec.id, error)
-            reports = False
+            deaf = error
         self._accountant.introduce(spec.id)
         self._supervisor.add(spec)
-        if not reports:
-            self._supervisor.unwatched(spec.id)
+        if deaf is not None:
+            self._supervisor.unwatched(spec.id, f"the socket for them cannot be opened: {deaf}")
 
     async def _room_for(self, spec: BackendSpec) -> None:
         """Wait until those that leave have left its accelerators, whose memory may not hold both."""
@@ -191,9 +192,9 @@ class Fleet:
             await asyncio.wait(tasks)
 
     async def _trouble(self, id: str) -> str:
-        """Wait until a backend is ready or has failed; why it has, "" if it has not."""
+        """Wait until a backend is ready or has failed, twice: its port may have been taken. Why it has, "" if not."""
         registry = self._registry
-        await registry.settle([id])
+        await registry.until(lambda: registry.up(id) or registry.has_failed(id, starts=_STARTS))
         if registry.up(id):
             return ""
         await registry.until(lambda: registry.states[id].pid is None)  # only then is it known why

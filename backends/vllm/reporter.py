@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from backends.steps import SUPERVISED_VARIABLE, StepReporter, attempt_id
+from backends.steps import SUPERVISED_VARIABLE, StepReporter, attempt_id, encoded
 from backends.vllm.versions import TESTED, untested
 
 logger = logging.getLogger("vllm.joulegate")
@@ -38,7 +38,8 @@ def scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         _complain(reporter, f"its scheduler has no {', '.join(missing)}")
         return base(vllm_config, *args, **kwargs)
     made = _watched(base)(vllm_config, *args, **kwargs)
-    made.joulegate_watch = StepWatch(reporter, *_place(vllm_config.parallel_config, reporter.devices))
+    devices, overlapping = _place(vllm_config.parallel_config, reporter.devices)
+    made.joulegate_watch = StepWatch(reporter, devices, overlapping=overlapping)
     logger.info("joulegate: reporting the steps of %s on %s", base.__name__, ", ".join(made.joulegate_watch.devices))
     return made
 
@@ -75,17 +76,15 @@ def _watched(base: Any) -> Any:
 
 
 class StepWatch:
-    """Makes a step report of each batch: what was scheduled, from when to when it ran."""
+    """Makes a step report of each batch: what was scheduled, from when to when it ran (`overlapping`: side by side)."""
 
-    def __init__(self, reporter: StepReporter, devices: tuple[str, ...], overlapping: bool) -> None:
+    def __init__(self, reporter: StepReporter, devices: tuple[str, ...], *, overlapping: bool) -> None:
         self.devices = devices
         self._reporter = reporter
         self._overlapping = overlapping
-        self._in_flight: dict[int, tuple[int, list[str], list[int], list[int]]] = {}
+        self._in_flight: dict[int, tuple[int, _Batch, list[int], list[int]]] = {}
         self._last_end = 0
-        self._names: list[str] = []
-        self._ids: list[str] = []
-        self._rows: list[Any] = []
+        self._batch = _Batch([], {})
         self._broken = False
 
     def scheduled(self, output: Any, requests: Mapping[str, Any]) -> None:
@@ -96,20 +95,15 @@ class StepWatch:
             tokens: Mapping[str, int] = output.num_scheduled_tokens
             if tokens:
                 at = time.monotonic_ns()
-                ids, rows = self._batch(list(tokens), requests)
-                contexts = [row.num_computed_tokens for row in rows]
-                self._in_flight[id(output)] = (at, ids, list(tokens.values()), contexts)
+                names = list(tokens)
+                if names != self._batch.names:  # most batches are the one before once more, which is found out cheaply
+                    self._batch = _Batch(names, requests)
+                contexts = [row.num_computed_tokens for row in self._batch.rows]
+                self._in_flight[id(output)] = (at, self._batch, list(tokens.values()), contexts)
                 if len(self._in_flight) > _IN_FLIGHT:
                     del self._in_flight[next(iter(self._in_flight))]
         except Exception as error:
             self._give_up(error)
-
-    def _batch(self, names: list[str], requests: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-        """Our ids and vLLM's requests of a batch: most are the one before once more, which is found out cheaply."""
-        if names != self._names:
-            self._names, self._ids = names, [attempt_id(name) for name in names]
-            self._rows = [requests[name] for name in names]
-        return self._ids, self._rows
 
     def executed(self, output: Any) -> None:
         """A batch's output has come back: its step is over."""
@@ -117,14 +111,23 @@ class StepWatch:
         if work is None or self._broken:
             return
         ended = time.monotonic_ns()
-        scheduled, requests, tokens, contexts = work
+        scheduled, batch, tokens, contexts = work
         started = scheduled if self._overlapping else max(scheduled, self._last_end)
         self._last_end = ended
-        self._reporter.report(started, ended, requests, tokens, contexts, devices=self.devices)
+        self._reporter.report(started, ended, batch.ids, tokens, contexts, devices=self.devices)
 
     def _give_up(self, error: Exception) -> None:
         self._broken = True
         _complain(self._reporter, f"{type(error).__name__}: {error}")
+
+
+class _Batch:
+    """The sequences of a batch for as long as they stay together: our ids of them are found and encoded once."""
+
+    def __init__(self, names: list[str], requests: Mapping[str, Any]) -> None:
+        self.names = names
+        self.ids = encoded([attempt_id(name) for name in names])
+        self.rows = [requests[name] for name in names]
 
 
 def _place(parallel: Any, devices: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:

@@ -72,11 +72,11 @@ class Edge:
         relay = self._relays.get(path)
         if relay is not None:
             return relay, None
-        return self._pipeline(unquote(path)) if path.startswith(_HUB) else None
+        return self._pipeline(path) if path.startswith(_HUB) else None
 
-    def admit(self, headers: Headers) -> Caller:
-        """Whose request it is; raises Forbidden."""
-        self._check_host(headers.host)
+    def admit(self, headers: Headers, version: str) -> Caller:
+        """Whose request it is; `version` is HTTP's. Raises Forbidden, or InvalidRequest without a host."""
+        self._check_host(headers.host, version)
         if headers.origin is not None:
             self._check_origin(headers.origin, headers.host)
         return self._authenticator.identify(headers.authorization, headers.api_key)
@@ -94,10 +94,10 @@ class Edge:
         try:
             headers = read_headers(scope["headers"])
             if scope["path"] not in _OPEN_PATHS:
-                caller = self.admit(headers)
+                caller = self.admit(headers, scope["http_version"])
                 scope["joulegate.key"], scope["joulegate.admin"] = caller.name, caller.admin
             else:
-                self._check_host(headers.host)
+                self._check_host(headers.host, scope["http_version"])
             if found is not None:
                 raise InvalidRequest("Use POST for this path.", status=405, headers={"Allow": "POST"})
         except ApiError as error:
@@ -108,7 +108,7 @@ class Edge:
     def _pipeline(self, path: str) -> tuple[Relay, str] | None:
         """The Hub's paths, which hold the model's name: `/models/{model}` and `/models/{model}/pipeline/{task}`."""
         model, named, task = path.removeprefix(_HUB).rpartition("/pipeline/")
-        model = model if named else task
+        model = unquote(model if named else task)
         relay = self._relays.get(f"{_HUB}{{model}}/pipeline/{task}") if named else self._pipeline_of(model)
         return None if relay is None else (relay, model)
 
@@ -130,8 +130,12 @@ class Edge:
                 ApiError("The proxy failed. Its log says more.", code="internal_error"), None, scope, receive, send
             )
 
-    def _check_host(self, host: bytes | None) -> None:
-        if host is None or host in self._known_hosts:
+    def _check_host(self, host: bytes | None, version: str) -> None:
+        if host in self._known_hosts:
+            return
+        if host is None:
+            if version != "1.0":
+                raise InvalidRequest("A request of HTTP/1.1 has a Host header.")
             return
         name = _host_name(host)
         if name not in self._hosts and not _is_address(name):

@@ -1,15 +1,23 @@
 """HTTP/1.1 as uvicorn speaks it over httptools, with what it leaves open, and the relay's way past ASGI.
 
-What is added: bounded heads and bodies; clients that pipeline (where a client has sent its next request already,
-uvicorn tells only that one of the client's leaving: the request under way would work for nobody); and requests of
-models, which go to the relay without an ASGI scope, its messages and the task that would wait for the client to leave.
+What is added: requests of models go to the relay without an ASGI scope, its messages and the task that would wait for
+the client to leave. And for clients that are not as they should be:
+
+- Heads and bodies are bounded in bytes and seconds, and so are what is no body after a head (chunk extensions,
+  trailers) and what a client goes on to send after its answer.
+- Trailers are dropped: uvicorn adds them to the headers, where they would speak for the request.
+- A target is a path: absolute URLs name hosts that nobody has checked.
+- An `Upgrade` is declined, and the request answered. uvicorn loses its body: Java's client asks for HTTP/2 so.
+- Where a client has sent its next request already, uvicorn tells only that one of the client's leaving: the request
+  under way would work for nobody.
 """
 
 import asyncio
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy.api.edge import Edge
@@ -21,10 +29,24 @@ from proxy.relay.reply import JSON_LINES, Lines, Source, status_line
 HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 BODY_SECONDS = 60.0
+#: How long a client may go on sending a body whose request is answered already; then it has seen the answer.
+LINGER_SECONDS = 10.0
 #: With more requests in advance than these, a connection is not read from until they are answered.
 _PIPELINED = 8
 #: So much of a body that is not wanted any more is read and thrown away, for the client to see the answer.
 _DISCARDED = 1024 * 1024
+_VERSIONS = frozenset({"1.0", "1.1"})
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+
+
+class _Nowhere(list[tuple[bytes, bytes]]):
+    """Where trailers go."""
+
+    def append(self, _: tuple[bytes, bytes]) -> None:
+        return None
+
+
+_NOWHERE: Final = _Nowhere()
 
 
 class Protocol(HttpToolsProtocol):
@@ -34,12 +56,15 @@ class Protocol(HttpToolsProtocol):
     pipeline: deque[Any]
     head_seconds = HEAD_SECONDS
     body_seconds = BODY_SECONDS
+    linger_seconds = LINGER_SECONDS
 
     def __init__(self, *args: Any, edge: Edge, **options: Any) -> None:
         super().__init__(*args, **options)
         self._edge = edge
         self._in_head = True
-        self._head_bytes = 0
+        self._in_body = False
+        self._loose_bytes = 0  # since the last piece of a body: heads, trailers, chunk extensions
+        self._head: list[tuple[bytes, bytes]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._under_way: deque[RequestResponseCycle | RelayCycle] = deque()
         self._idle_since: float | None = None
@@ -59,6 +84,8 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self._idle_since = time.monotonic()
+        if self._in_body and self.cycle.response_complete:
+            self._start_timer(self.linger_seconds, self.transport.close)
 
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None
@@ -68,12 +95,19 @@ class Protocol(HttpToolsProtocol):
         self._start_timer(self.head_seconds, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self._refuse(InvalidRequest(f"The head of a request may have {HEAD_BYTES} bytes.", status=431))
-            elif self._timer is None:
+        self._unset_keepalive_if_required()
+        self._loose_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(_no_request())
+            return
+        if self._loose_bytes > HEAD_BYTES:
+            self._refuse(InvalidRequest(f"The head of a request may have {HEAD_BYTES} bytes.", status=431))
+        elif self._in_head:
+            if self._timer is None:
                 self._start_timer(self.head_seconds, self._too_slow)
         elif self._timer is None and isinstance(self.cycle, RelayCycle) and self.cycle.more_body:
             self._start_timer(self.body_seconds, self._body_too_slow)
@@ -83,7 +117,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """As uvicorn's, but for the scope, which only the pages need."""
         self._in_head = True
-        self._head_bytes = 0
+        self._loose_bytes = 0
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -91,11 +125,16 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
+        if not self.url.startswith(b"/") or self.parser.get_http_version() not in _VERSIONS:
+            raise _no_request()
+        self._head = self.headers
         found = self._edge.find(self.url) if self.parser.get_method() == b"POST" else None
         if found is None:
             self._begin_page()
         else:
             self._begin_relay(*found)
+        self.headers = _NOWHERE
+        self._in_body = True
         under_way = self._under_way
         while under_way and under_way[0].response_complete:
             under_way.popleft()
@@ -104,6 +143,7 @@ class Protocol(HttpToolsProtocol):
             self.flow.resume_reading()  # else nobody would see the client leave
 
     def on_body(self, body: bytes) -> None:
+        self._loose_bytes = 0
         cycle = self.cycle
         if isinstance(cycle, RelayCycle):
             cycle.body_came(body)
@@ -111,9 +151,12 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # so the parser believes
+        self._in_body = False
+        self._stop_timer()
         cycle = self.cycle
         if isinstance(cycle, RelayCycle):
-            self._stop_timer()
             cycle.body_ended()
         else:
             super().on_message_complete()
@@ -166,6 +209,17 @@ class Protocol(HttpToolsProtocol):
         else:
             super()._start_asgi_task(cycle, app)
 
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1 to this request's end: its body follows, though the parser will not read it."""
+        self.cycle.keep_alive = False
+        framing = [b"%b: %b\r\n" % field for field in self._head if field[0] in _FRAMING]
+        self.parser = httptools.HttpRequestParser(_Rest(self))
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+        try:
+            self.parser.feed_data(rest)
+        except httptools.HttpParserError:
+            self._refuse(_no_request())
+
     def _start_timer(self, seconds: float, ring: Any) -> None:
         self._stop_timer()
         self._timer = self.loop.call_later(seconds, ring)
@@ -185,15 +239,47 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer, unless an answer to an earlier request is under way, and hang up."""
+        """Answer, unless an answer to this or an earlier request is under way, and hang up."""
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._may_answer():
             body = error.encode()
             length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(status_line(error.status) + JSON_LINES + length + body)
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        """Whether it is the client's turn to hear of the request that is coming in."""
+        cycle = self.cycle
+        if not all(earlier.response_complete for earlier in self._under_way if earlier is not cycle):
+            return False
+        if cycle is None or cycle.response_complete:
+            return True
+        if not self._in_body or cycle.response_started:
+            return False
+        cycle.disconnected = True  # nobody else answers it
+        return True
+
+
+class _Rest:
+    """Hears the rest of a request whose upgrade was declined: its body, and nothing after it."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol: Protocol | None = protocol
+
+    def on_body(self, body: bytes) -> None:
+        if self._protocol is not None:
+            self._protocol.on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._protocol is not None:
+            self._protocol.on_message_complete()
+        self._protocol = None
+
+
+def _no_request() -> InvalidRequest:
+    return InvalidRequest("This is not a valid HTTP/1.1 request.")
 
 
 class RelayCycle:
@@ -229,6 +315,11 @@ class RelayCycle:
         # what uvicorn asks of a cycle
         self.response_complete = False
         self.disconnected = False
+
+    @property
+    def response_started(self) -> bool:
+        """Whether anything of an answer has gone out."""
+        return self._reply.status != 0
 
     # what uvicorn and the connection tell
 
@@ -332,7 +423,7 @@ class RelayCycle:
         headers = self._headers = read_headers(self._raw)
         self._reply.client_request_id = headers.client_request_id
         self._reply.extra = self._edge.cors_lines(headers)
-        self._key = self._edge.admit(headers).name
+        self._key = self._edge.admit(headers, "1.1" if self.chunked else "1.0").name
         self._relay.check(headers)
         if self._size > self._relay.max_body_bytes:
             raise BodyTooLarge(self._relay.max_body_bytes)

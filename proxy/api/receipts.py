@@ -11,82 +11,86 @@ from typing import Any
 import msgspec
 
 from proxy.energy.attribution import Method
-from proxy.energy.carbon import Equivalents, Intensity, kilowatt_hours
+from proxy.energy.carbon import Intensity, kilowatt_hours
 from proxy.energy.quantities import Microjoules
 from proxy.energy.receipt import Boundary, Figures, Receipt, Status
 
 SIGNIFICANT_DIGITS = 6
+_EXACT = 10**15
 _quoted = msgspec.json.Encoder().encode
 
-#: What the object says: the figures, or null for each where there are none, so that typed clients need no second shape.
-_OBJECT = (
-    b'{"object":"energy.receipt","id":"%b","client_request_id":%b,"status":"%b","outcome":"%b","model":%b,"task":"%b",'
-    b'%b,"duration_seconds":%.6f,"joules_per_output_token":%b,'
-    b'"carbon":{"grams_co2e":%b,"operational_grams":%b,"embodied_grams":null,%b},'
-    b'"water_millilitres":null,"equivalents":{%b}}'
-)
-_FIGURES = (
-    b'"energy_joules":%b,"energy_kwh":%.6g,"low_joules":%b,"high_joules":%b,"meter_accuracy_ratio":%b,'
-    b'"marginal_joules":%b,"full_joules":%b,"boundary":"%b",'
-    b'"parts":{"gpu":%b,"host":%b,"overhead":%b,"wasted":%b},"method":"%b","meter":"%b","meters":%b,'
-    b'"attribution_method":"%b","attribution_ratio":%b,"avg_power_watts":%b'
-)
-_NO_FIGURES = (
-    b'"energy_joules":null,"energy_kwh":null,"low_joules":null,"high_joules":null,"meter_accuracy_ratio":null,'
-    b'"marginal_joules":null,"full_joules":null,"boundary":"%b",'
-    b'"parts":{"gpu":null,"host":null,"overhead":null,"wasted":null},"method":null,"meter":null,"meters":{},'
-    b'"attribution_method":null,"attribution_ratio":null,"avg_power_watts":null'
-)
-_EQUIVALENTS = b'"smartphone_charges":%.6g,"car_metres":%.6g,"web_searches_2009":%.6g'
-_NO_EQUIVALENTS = b'"smartphone_charges":null,"car_metres":null,"web_searches_2009":null'
+_NO_EQUIVALENTS = '"smartphone_charges":null,"car_metres":null,"web_searches_2009":null'
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
     """The `energy` object as JSON on one line: for bodies, for streams' `: energy {json}` and for the store.
 
-    Written by hand, since every answer carries it: a dict to be encoded would take four times as long.
+    Without figures there is null for each, so that typed clients need no second shape. Written by hand, since every
+    answer carries it: a dict to be encoded would take four times as long.
     """
     request, figures = receipt.request, receipt.figures
-    grams = b"null" if figures is None else b"%.6g" % figures.operational
-    return _OBJECT % (
-        request.id.encode(), b"null" if request.client_request_id is None else _quoted(request.client_request_id),
-        receipt.status.encode(), receipt.outcome.encode(), _quoted(request.model), request.task.encode(),
-        _NO_FIGURES % receipt.boundary.encode() if figures is None else _figures(figures, receipt),
-        receipt.duration, _per(figures, receipt.tokens.completion), grams, grams, _grid(receipt.intensity),
-        _NO_EQUIVALENTS if figures is None else _equivalents(figures.equivalents),
-    )  # fmt: skip
+    client_id = "null" if request.client_request_id is None else _quoted(request.client_request_id).decode()
+    grams = "null" if figures is None else f"{figures.operational:.6g}"
+    return (
+        f'{{"object":"energy.receipt","id":"{request.id}","client_request_id":{client_id},'
+        f'"status":"{receipt.status}","outcome":"{receipt.outcome}","model":{_name(request.model)},'
+        f'"task":"{request.task}",{_no_figures(receipt) if figures is None else _figures(figures, receipt)},'
+        f'"duration_seconds":{receipt.duration:.6f},'
+        f'"joules_per_output_token":{_per(figures, receipt.tokens.completion)},'
+        f'"carbon":{{"grams_co2e":{grams},"operational_grams":{grams},"embodied_grams":null,{_grid(receipt.intensity)}}},'
+        f'"water_millilitres":null,"equivalents":{{{_equivalents(figures)}}}}}'
+    ).encode()
 
 
-def _figures(figures: Figures, receipt: Receipt) -> bytes:
-    parts, method = figures.parts, figures.method.encode()
-    return _FIGURES % (
-        _joules(parts.total), kilowatt_hours(figures.energy), _joules(figures.low), _joules(figures.high),
-        _ratio(figures.accuracy_ratio), _joules(figures.marginal),
-        b"null" if figures.full is None else _joules(figures.full), receipt.boundary.encode(),
-        _joules(parts.gpu), _joules(parts.host), _joules(parts.overhead), _joules(parts.wasted), method,
-        figures.meter.encode(), _quoted(figures.meters), method, _ratio(figures.attribution_ratio),
-        _per(figures, receipt.duration),
-    )  # fmt: skip
+def _figures(figures: Figures, receipt: Receipt) -> str:
+    parts, method, energy = figures.parts, figures.method, figures.energy
+    full = "null" if figures.full is None else fixed_joules(figures.full)
+    return (
+        f'"energy_joules":{fixed_joules(parts.total)},"energy_kwh":{kilowatt_hours(energy):.6g},'
+        f'"low_joules":{fixed_joules(figures.low)},"high_joules":{fixed_joules(figures.high)},'
+        f'"meter_accuracy_ratio":{_ratio(figures.accuracy_ratio)},"marginal_joules":{fixed_joules(figures.marginal)},'
+        f'"full_joules":{full},"boundary":"{receipt.boundary}","parts":{{"gpu":{fixed_joules(parts.gpu)},'
+        f'"host":{fixed_joules(parts.host)},"overhead":{fixed_joules(parts.overhead)},'
+        f'"wasted":{fixed_joules(parts.wasted)}}},"method":"{method}","meter":"{figures.meter}",'
+        f'"meters":{_quoted(figures.meters).decode()},"attribution_method":"{method}",'
+        f'"attribution_ratio":{_ratio(figures.attribution_ratio)},"avg_power_watts":{_per(figures, receipt.duration)}'
+    )
 
 
-def _joules(energy: Microjoules) -> bytes:
-    return b"%d.%06d" % divmod(energy, 1_000_000) if energy >= 0 else fixed_joules(energy).encode()
+def _no_figures(receipt: Receipt) -> str:
+    return (
+        '"energy_joules":null,"energy_kwh":null,"low_joules":null,"high_joules":null,"meter_accuracy_ratio":null,'
+        f'"marginal_joules":null,"full_joules":null,"boundary":"{receipt.boundary}",'
+        '"parts":{"gpu":null,"host":null,"overhead":null,"wasted":null},"method":null,"meter":null,"meters":{},'
+        '"attribution_method":null,"attribution_ratio":null,"avg_power_watts":null'
+    )
 
 
-def _ratio(value: float | None) -> bytes:
-    return b"null" if value is None else b"%.6g" % value
+def _ratio(value: float | None) -> str:
+    return "null" if value is None else f"{value:.6g}"
 
 
-def _per(figures: Figures | None, divisor: float | None) -> bytes:
-    return b"%.6g" % (figures.energy / divisor) if figures and divisor else b"null"
+def _per(figures: Figures | None, divisor: float | None) -> str:
+    return f"{figures.energy / divisor:.6g}" if figures and divisor else "null"
 
 
-def _equivalents(same: Equivalents) -> bytes:
-    return _EQUIVALENTS % (same.smartphone_charges, same.car_metres, same.web_searches_2009)
+def _equivalents(figures: Figures | None) -> str:
+    if figures is None:
+        return _NO_EQUIVALENTS
+    same = figures.equivalents
+    return (
+        f'"smartphone_charges":{same.smartphone_charges:.6g},"car_metres":{same.car_metres:.6g},'
+        f'"web_searches_2009":{same.web_searches_2009:.6g}'
+    )
+
+
+@lru_cache(maxsize=1024)
+def _name(model: str) -> str:
+    return _quoted(model).decode()
 
 
 @lru_cache(maxsize=64)
-def _grid(intensity: Intensity) -> bytes:
+def _grid(intensity: Intensity) -> str:
     """The members of `carbon` that tell the grid."""
     told = {
         "intensity_grams_per_kwh": intensity.grams_per_kwh,
@@ -95,7 +99,7 @@ def _grid(intensity: Intensity) -> bytes:
         "as_of": intensity.as_of,
         "age_seconds": intensity.age_seconds,
     }
-    return _quoted(told)[1:-1]
+    return _quoted(told)[1:-1].decode()
 
 
 def receipt_object(receipt: Receipt) -> dict[str, Any]:
@@ -110,19 +114,15 @@ def receipt_headers(receipt: Receipt) -> bytes:
     figures = receipt.figures
     if figures is None:
         return provenance
-    grams = fixed_point(figures.operational).encode()
+    grams = fixed_point(figures.operational)
     return (
-        b"x-energy-joules: %b\r\nx-energy-interval-joules: %b-%b\r\nx-energy-method: %b\r\nx-energy-meter: %b\r\n"
-        b"x-carbon-grams: %b\r\ncarbon-emissions-scope-2: %b\r\n%b"
-    ) % (
-        fixed_joules(figures.parts.total).encode(),
-        fixed_joules(figures.low).encode(),
-        fixed_joules(figures.high).encode(),
-        figures.method.encode(),
-        figures.meter.encode(),
-        grams,
-        grams,
-        provenance,
+        provenance
+        + (
+            f"x-energy-joules: {fixed_joules(figures.parts.total)}\r\n"
+            f"x-energy-interval-joules: {fixed_joules(figures.low)}-{fixed_joules(figures.high)}\r\n"
+            f"x-energy-method: {figures.method}\r\nx-energy-meter: {figures.meter}\r\n"
+            f"x-carbon-grams: {grams}\r\ncarbon-emissions-scope-2: {grams}\r\n"
+        ).encode()
     )
 
 
@@ -142,7 +142,9 @@ def stream_head_headers(
 
 
 def fixed_joules(energy: Microjoules) -> str:
-    """Joules with exactly six decimals, without a detour through floats."""
+    """Joules with exactly six decimals: floats hold them exactly as long as there are fewer than 10^15 microjoules."""
+    if -_EXACT < energy < _EXACT:
+        return f"{energy / 1e6:.6f}"
     whole, micro = divmod(abs(energy), 1_000_000)
     return f"{'-' if energy < 0 else ''}{whole}.{micro:06d}"
 

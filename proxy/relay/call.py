@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -20,8 +19,7 @@ _STREAM_OPTIONS = b'"stream_options":{"include_usage":true}'
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
-@dataclass(slots=True)
-class Headers:
+class Headers(msgspec.Struct):
     """A request's headers that the proxy heeds; everything else about the client stays with the proxy.
 
     `forwarded` are lines for the backend, `raw` are all of them as they came.
@@ -39,8 +37,7 @@ class Headers:
     forwarded: bytes = b""
 
 
-@dataclass(slots=True)
-class Inbound:
+class Inbound(msgspec.Struct):
     """A request that has arrived whole. `key` names the caller's, `model` is the one its path names, if it does."""
 
     headers: Headers
@@ -49,8 +46,7 @@ class Inbound:
     model: str | None
 
 
-@dataclass(slots=True)
-class Call:
+class Call(msgspec.Struct):
     """A request as the relay needs it. `client_wants_usage`: the stream's usage chunk is the client's to see.
 
     `form` is set where the body is a multipart form.
@@ -91,7 +87,7 @@ def read_headers(raw: RawHeaders) -> Headers:
         if name not in _HEEDED:
             continue
         if name == b"host":
-            if headers.host is not None and headers.host != value:
+            if headers.host is not None:
                 raise InvalidRequest("The request names two hosts.")
             headers.host = value
         elif name == b"content-type":
@@ -156,6 +152,8 @@ def is_json(content_type: bytes) -> bool:
 
 def decode_head(endpoint: Endpoint, body: bytes) -> Head:
     try:
+        if not body.isascii():
+            body.decode()  # what is not read here is for the backend, which must be able to
         return endpoint.decode(body)
     except msgspec.ValidationError as error:
         message, param = _explain(str(error))

@@ -28,6 +28,7 @@ from proxy.relay.services import Services
 from proxy.relay.sift import Sifter
 from proxy.relay.translations import JSON
 from proxy.relay.upstream import Answer, BrokeOff, Unreachable
+from proxy.routing.admission import Gate
 from proxy.routing.registry import Lease, Route
 from proxy.routing.retries import RETRYABLE, RetryPolicy
 
@@ -54,6 +55,12 @@ class Failure:
 class Exchange:
     """One request that a backend is to answer, from its wait for a turn to the receipt."""
 
+    __slots__ = (
+        "_affinity", "_began", "_began_at", "_call", "_deadline", "_first_byte_due", "_forwarding", "_gate", "_key",
+        "_model", "_observation", "_overdue", "_receipt", "_reply", "_route", "_services", "_sifter", "_ticket",
+        "_tried",
+    )  # fmt: skip
+
     def __init__(
         self, services: Services, call: Call, request: Request, affinity: bytes | None, reply: Reply, began: float
     ) -> None:
@@ -75,6 +82,7 @@ class Exchange:
         self._deadline = self._began_at + services.patience.total
         self._first_byte_due = math.inf
         self._overdue: TimedOut | None = None
+        self._gate: Gate | None = None
 
     async def run(self) -> int:
         """Carry it out; returns the status that the metrics count (499: the client went away).
@@ -148,6 +156,7 @@ class Exchange:
 
     async def _in_turn(self) -> None:
         gate = self._services.registry.models[self._model].gate
+        self._gate = gate
         entered = gate.enter_at_once()
         if entered is None:
             entered = await gate.enter()
@@ -294,7 +303,7 @@ class Exchange:
         if translation is not None:
             body, kind = translation.answer(self._call.head, body, self._model, self._reply.id)
             is_json = kind == JSON
-            lines = passed_back(answer.headers, but=b"content-type") + b"content-type: %b\r\n" % kind
+            lines = passed_back(answer.headers, but=(b"content-type",)) + b"content-type: %b\r\n" % kind
         if self._forwarding is not None:  # the client has been promised a stream
             self._forwarding.take(sse.event(body))
             self._close_stream(None)
@@ -305,9 +314,12 @@ class Exchange:
         self._reply.whole(answer.status, lines + self._processing() + receipt_headers(receipt), body)
 
     def _processing(self) -> Lines:
-        """How long it took the backend to answer."""
+        """How long it took the backend to answer, and how many more requests its model takes."""
         milliseconds = (time.perf_counter() - self._began) * 1000
-        return b"openai-processing-ms: %d\r\n" % max(1, round(milliseconds))
+        rates = (
+            "" if self._gate is None else "".join(f"{name}: {text}\r\n" for name, text in self._gate.rates().items())
+        )
+        return b"openai-processing-ms: %d\r\n%b" % (max(1, round(milliseconds)), rates.encode())
 
     async def _stream(self, answer: Answer) -> None:
         forwarding = self._forwarding or self._open_stream(answer.status, passed_back(answer.headers))

@@ -22,6 +22,8 @@ def translate(status: int, body: bytes, retry_after: str | None) -> ApiError:
     message = str(detail.get("message") or f"The backend answered with status {status}.")
     error = _of_status(status, message)
     param, code, type_ = detail.get("param"), detail.get("code"), detail.get("type")
+    if status in (401, 403):
+        return error
     error.param = param if isinstance(param, str) else None
     error.code = code if isinstance(code, str) else error.code
     error.type = type_ if type_ in _KNOWN_TYPES else error.type
@@ -39,13 +41,15 @@ def of_event(data: bytes) -> ApiError:
 def _of_status(status: int, message: str) -> ApiError:
     if status == 404:
         return NotFound(message)
+    if status in (401, 403):  # about the proxy's own key, of which the client need not know more
+        return UpstreamFailed("The backend does not accept this proxy's key.", code="backend_refused_key")
     if status in (503, 529):
         return Unavailable(message)
     if status == 429:
         return InvalidRequest(message, status=429, type="rate_limit_error", code="rate_limit_exceeded")
     if status >= 500:
         return UpstreamFailed(message, status=status)
-    return InvalidRequest(message, status=400 if status in (401, 403, 422) else status)
+    return InvalidRequest(message, status=400 if status == 422 else status)
 
 
 def _detail(body: bytes) -> dict[str, Any]:

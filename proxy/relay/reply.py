@@ -1,6 +1,6 @@
 """What is sent to the client, as HTTP/1.1: heads with our headers, bodies, errors, in as few pieces as can be."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from http import HTTPStatus
 from typing import Protocol
 
@@ -84,12 +84,12 @@ def _passed_name(name: bytes) -> bytes | None:
     return passed
 
 
-def passed_back(headers: Iterable[tuple[bytes, bytes]], *, but: bytes = b"") -> Lines:
-    """A backend's headers that the client is to see, `but` (in lower case) not among them."""
+def passed_back(headers: Iterable[tuple[bytes, bytes]], *, but: Collection[bytes] = ()) -> Lines:
+    """A backend's headers that the client is to see, but for some (in lower case)."""
     lines = b""
     for name, value in headers:
         passed = _passed_names[name] if name in _passed_names else _passed_name(name)
-        if passed is not None and not (but and passed[:-2] == but):
+        if passed is not None and not (but and passed[:-2] in but):
             lines += passed + value + b"\r\n"
     return lines
 

@@ -20,6 +20,12 @@ BENIGN = frozenset(
     {"safe", "ok", "okay", "clean", "neutral", "none", "normal", "benign", "ham", "positive", "acceptable", "sfw"}
     | {"non-toxic", "non_toxic", "nontoxic", "not_toxic", "non-hate", "not_hate", "nothate", "no_hate", "label_0"}
 )
+#: OpenAI's categories, which its clients expect to find. A classifier that has no such label has not judged by them:
+#: as OpenAI does where a model cannot, they are false, with a score of 0 that applies to no input at all.
+CATEGORIES = (
+    "harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm",
+    "self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic",
+)  # fmt: skip
 JSON = b"application/json"
 
 
@@ -113,9 +119,9 @@ class Moderation:
         flagged = not harmless and score >= self.thresholds.get(model, 0.5)
         return {
             "flagged": flagged,
-            "categories": {label: flagged},
-            "category_scores": {label: score},
-            "category_applied_input_types": {label: ["text"]},
+            "categories": dict.fromkeys(CATEGORIES, False) | {label: flagged},
+            "category_scores": dict.fromkeys(CATEGORIES, 0.0) | {label: score},
+            "category_applied_input_types": dict.fromkeys(CATEGORIES, ()) | {label: ["text"]},
         }
 
 

@@ -22,6 +22,8 @@ from proxy.errors import JoulegateError
 _KEEP_ALIVE_SECONDS: Final = 4.0
 _MAX_ANSWER_BYTES: Final = 512 * 1024 * 1024
 _MAX_HEAD_BYTES: Final = 256 * 1024
+#: With so many origins known, those without an idle connection are forgotten (a connection in use keeps its pool).
+_POOLS: Final = 64
 #: Bodies longer than this are not copied behind their head.
 _SEPARATE_BODY: Final = 64 * 1024
 #: What waits unread for a reader of pieces before the backend is made to wait.
@@ -392,6 +394,10 @@ class _Pool:
         if self._idle:
             self._sweep = self._loop.call_at(self._idle[0].idle_since + _KEEP_ALIVE_SECONDS, self._close_the_old)
 
+    @property
+    def holds_any(self) -> bool:
+        return bool(self._idle)
+
     def forget(self, connection: _Connection) -> None:
         """The backend has closed it."""
         with contextlib.suppress(ValueError):
@@ -432,6 +438,8 @@ class Upstream:
         return await connection.request(lines, body)
 
     def _new_pool(self, origin: _Origin) -> _Pool:
+        if len(self._pools) >= _POOLS:  # backends that were started again have left theirs behind
+            self._pools = {known: pool for known, pool in self._pools.items() if pool.holds_any}
         pool = self._pools[origin] = _Pool(origin, self._connect_seconds)
         return pool
 

@@ -33,6 +33,11 @@ class Admission(Generic[Who]):
         return len(self._waiting)
 
     @property
+    def places(self) -> int | None:
+        """How many can be in at a time, those who wait among them; None for any number."""
+        return None if self._max_in_flight is None else self._max_in_flight + self._max_queue
+
+    @property
     def has_room(self) -> bool:
         return self._max_in_flight is None or self.in_flight < self._max_in_flight
 
@@ -91,6 +96,18 @@ class Gate:
         """Those in flight and those who wait."""
         return self._admission.in_flight + self._admission.waiting
 
+    def rates(self) -> dict[str, str]:
+        """OpenAI's rate limit headers, for a model that takes so many requests at a time and lets so many wait."""
+        places = self._admission.places
+        if places is None:
+            return {}
+        left = max(0, places - self.inside)
+        return {
+            "x-ratelimit-limit-requests": str(places),
+            "x-ratelimit-remaining-requests": str(left),
+            "x-ratelimit-reset-requests": f"{0 if left else self._admission.retry_after}s",
+        }
+
     def limit(self, max_in_flight: int | None, max_queue: int) -> None:
         """Other limits, for those who wait as well."""
         for turn in self._admission.limit(max_in_flight, max_queue):
@@ -108,7 +125,7 @@ class Gate:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         decision = self._admission.arrive(turn)
         if decision == "full":
-            raise Overloaded(self._model, self._admission.retry_after)
+            raise Overloaded(self._model, self._admission.retry_after, self.rates())
         if decision == "wait":
             await self._wait(turn)
         return time.monotonic()

@@ -71,15 +71,20 @@ class Balancer:
         """
         staying = [replica for replica in self._replicas.values() if replica.live and not replica.leaving]
         able = [replica for replica in staying if replica.breaker.allows(now)]
-        fresh = [replica for replica in able if replica.name not in avoid] or able
-        if not fresh:
+        if not able:
             return None
-        chosen = self._probed(fresh, now) or self._known(fresh, work, affinity) or _least_busy(fresh)
+        chosen = able[0] if len(able) == 1 else self._best(able, now, work, affinity, avoid)
         chosen.breaker.begin(now)
         chosen.work += work
         chosen.requests += 1
         chosen.served += 1
         return chosen.name
+
+    def _best(
+        self, able: list[_Replica], now: float, work: float, affinity: bytes | None, avoid: Collection[str]
+    ) -> _Replica:
+        fresh = [replica for replica in able if replica.name not in avoid] or able
+        return self._probed(fresh, now) or self._known(fresh, work, affinity) or _least_busy(fresh)
 
     def succeeded(self, name: str) -> None:
         self._replicas[name].breaker.succeeded()

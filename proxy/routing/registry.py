@@ -121,6 +121,7 @@ class Registry:
         self._places: dict[str, tuple[str, ...]] = {}
         self._authorizations: dict[str, str | None] = {}
         self._reports_steps: dict[str, bool] = {}
+        self._routes: dict[tuple[str, str | None], Route] = {}  # as long as nothing changes that they say
         for plan in plans:
             for spec in plan.replicas:
                 self.know(spec)
@@ -129,6 +130,7 @@ class Registry:
 
     def know(self, spec: BackendSpec) -> None:
         """There is going to be such a backend; it serves nobody yet."""
+        self._routes.clear()
         self._specs[spec.id] = spec
         self._places[spec.id] = places(spec)
         self._authorizations[spec.id] = _authorization(spec)
@@ -136,6 +138,7 @@ class Registry:
 
     def forget(self, id: str) -> None:
         """A backend that serves no model has ended."""
+        self._routes.clear()
         known = (self._specs, self._states, self._places, self._authorizations, self._reports_steps)
         for table in (*known, self._gone, self._replaced):
             table.pop(id, None)
@@ -163,6 +166,7 @@ class Registry:
         spec = self._specs.get(status.name)
         if spec is None:
             return
+        self._routes.clear()
         self._states[status.name] = status
         live = status.state == "ready" and status.url is not None
         for model in (self._models.get(spec.name), self._gone.get(status.name)):
@@ -265,6 +269,11 @@ class Registry:
         state = self._states.get(name)
         return state is None or state.state == "starting"
 
+    def has_failed(self, id: str, *, starts: int) -> bool:
+        """Whether a backend is not ready after so many starts."""
+        state = self._states.get(id)
+        return state is not None and state.restarts >= starts - 1 and not self.loading(id) and not self.up(id)
+
     def up(self, id: str) -> bool:
         """Whether a backend is ready."""
         state = self._states.get(id)
@@ -276,6 +285,13 @@ class Registry:
         return self._reports_steps.get(id, False) and (state is None or state.reports_steps)
 
     def _route(self, id: str, asked: str | None) -> Route:
+        key = id, asked
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._new_route(id, asked)
+        return route
+
+    def _new_route(self, id: str, asked: str | None) -> Route:
         spec, state = self._specs[id], self._states[id]
         remote = spec.kind == "remote"
         other = spec.name if asked is not None and asked != spec.name else None  # it was asked for by an alias

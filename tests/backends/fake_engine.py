@@ -8,12 +8,16 @@ joins one batch; a step computes the whole prompt of a new sequence or one token
 A word of the prompt is a token; usage is exact, and a sequence's tokens over its steps are prompt + completion - 1.
 
 Served: `/health`, `/v1/models`, `/v1/chat/completions` and `/v1/completions` (streamed or not, `n`, `max_tokens`,
-`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify` (several inputs), `/tokenize`,
-`/v1/images/generations` (`n`, `size`, `num_inference_steps`; streamed or not), `/v1/images/edits`, `/v1/audio/*`,
-`/v1/messages` and `count_tokens`, `/v1/responses` (kept, and fetched by id). Tools are called with `{}`.
+`stream_options.include_usage`), `/v1/embeddings`, `/classify`, `/v1/classify`, `/pooling` (several inputs), `/score`,
+`/rerank`, `/v1/rerank`, `/tokenize`, `/detokenize`, `/v1/images/generations` (`n`, `size`, `num_inference_steps`;
+streamed or not), `/v1/images/edits`, `/v1/audio/*`, `/v1/messages` and `count_tokens`, `/v1/responses` (kept, and
+fetched by id). Tools are called with `{}`, until the last message is a tool's result; where a JSON schema is given, the
+answer is an object of its names.
 And for tests to look inside:
 
-- `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled"}`
+- `GET /fake/truth`: `{"steps": count, "requests": {id: {"steps", "tokens", "sequences"}}, "active", "cancelled",
+  "received", "connections"}`: how many requests have come in all (health checks and looks inside aside), and how many
+  connections are open
 - `GET /fake/requests`: `[{"method", "path", "headers", "body"}]`, the last 100, header names in lower case
 
 A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=20 die_after=3]]`.
@@ -32,6 +36,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `error_after=N` | an error event and `[DONE]` after N tokens (streams) |
 | `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
+| `gather=N` | nothing is computed before N sequences are there |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
 | `energy_headers` | the answer carries `X-Energy-Joules`, `X-Carbon-Grams` and an `energy` field of its own |
@@ -112,10 +117,14 @@ class Engine:
 
     async def run(self) -> None:
         while True:
-            if not self._batch:
+            while not self._batch or len(self._batch) < self._gathering():
                 self._arrival.clear()
                 await self._arrival.wait()
             await self._step(list(self._batch))
+
+    def _gathering(self) -> float:
+        """How many sequences those want beside them that have not begun."""
+        return max((new.commands.get("gather", 0) for new in self._batch if new.done == 0), default=0)
 
     async def _step(self, batch: list[Sequence]) -> None:
         work = [sequence.prompt if sequence.done == 0 else sequence.work or 1 for sequence in batch]
@@ -238,6 +247,8 @@ class Server:
         self._engine = engine
         self._model = model
         self._seen: deque[Json] = deque(maxlen=100)
+        self._received = 0
+        self._connections = 0
         self._stored: dict[str, Json] = {}
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
@@ -247,7 +258,12 @@ class Server:
             "/v1/embeddings": self._embeddings,
             "/classify": self._classify,
             "/v1/classify": self._classify,
+            "/pooling": self._pooling,
+            "/score": self._score,
+            "/rerank": self._rerank,
+            "/v1/rerank": self._rerank,
             "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
             "/v1/images/generations": self._images,
             "/v1/images/edits": self._edits,
             "/v1/audio/transcriptions": self._transcription,
@@ -261,10 +277,14 @@ class Server:
         }
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, Cut):
-            while request := await read_request(reader):
-                await self._watched(reader, self._answer(request, writer))
-        writer.close()
+        self._connections += 1
+        try:
+            with contextlib.suppress(ConnectionError, Cut):
+                while request := await read_request(reader):
+                    await self._watched(reader, self._answer(request, writer))
+        finally:
+            self._connections -= 1
+            writer.close()
 
     async def _watched(self, reader: asyncio.StreamReader, handling: Coroutine[None, None, None]) -> None:
         """Handle a request, but stop at once when its client hangs up."""
@@ -288,6 +308,7 @@ class Server:
             commands = {name: value for name, value in commands.items() if name in {"tokens", "token_ms"}}
         answer = Answer(writer, commands)
         if not request.path.startswith(("/fake", "/health")):
+            self._received += 1
             self._seen.append({**vars(request), "body": text})
         path = request.path.partition("?")[0]
         handler = self._handlers.get(path)
@@ -305,7 +326,14 @@ class Server:
         elif "garbage" in commands:
             await answer.whole(200, b"<html>not json")
         else:
+            await self._handled(handler, request, answer, commands)
+
+    async def _handled(self, handler: Handler, request: Request, answer: Answer, commands: Commands) -> None:
+        """As real engines do, refuse a body that is not what it should be."""
+        try:
             await handler(request, answer, commands)
+        except (ValueError, TypeError, KeyError) as problem:
+            await answer.whole(400, error(400, f"the body cannot be read: {problem}"))
 
     # --- endpoints ---
 
@@ -319,7 +347,9 @@ class Server:
     async def _truth(self, request: Request, answer: Answer, commands: Commands) -> None:
         engine = self._engine
         truth = {"steps": engine.steps, "requests": engine.truth}
-        await answer.whole(200, {**truth, "active": engine.active, "cancelled": engine.cancelled})
+        counts = {"active": engine.active, "cancelled": engine.cancelled}
+        counts |= {"received": self._received, "connections": self._connections}
+        await answer.whole(200, {**truth, **counts})
 
     async def _requests(self, request: Request, answer: Answer, commands: Commands) -> None:
         await answer.whole(200, list(self._seen))
@@ -327,6 +357,9 @@ class Server:
     async def _tokenize(self, request: Request, answer: Answer, commands: Commands) -> None:
         count = words(request.json.get("prompt") or request.json.get("messages"))
         await answer.whole(200, {"count": count, "max_model_len": 4096, "tokens": list(range(count))})
+
+    async def _detokenize(self, request: Request, answer: Answer, commands: Commands) -> None:
+        await answer.whole(200, {"prompt": " ".join(f"wört{token}" for token in request.json["tokens"])})
 
     async def _chat(self, request: Request, answer: Answer, commands: Commands) -> None:
         messages = request.json.get("messages")
@@ -349,9 +382,38 @@ class Server:
 
     async def _embeddings(self, request: Request, answer: Answer, commands: Commands) -> None:
         inputs, tokens = await self._forward(request, commands, "embd")
-        data = [{"object": "embedding", "index": at, "embedding": [0.6, 0.8]} for at in range(len(inputs))]
+        vector: object = [0.6, 0.8]
+        if request.json.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack("<2f", 0.6, 0.8)).decode()
+        data = [{"object": "embedding", "index": at, "embedding": vector} for at in range(len(inputs))]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pooling(self, request: Request, answer: Answer, commands: Commands) -> None:
+        inputs, tokens = await self._forward(request, commands, "pooling")
+        data = [{"index": at, "object": "pooling", "data": [0.6, 0.8]} for at in range(len(inputs))]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        await answer.whole(200, {"object": "list", "model": request.json["model"], "data": data, "usage": usage})
+
+    async def _pairs(self, request: Request, commands: Commands, one: object, others: object) -> tuple[int, Json]:
+        """One forward pass over each pair: how many there are, and the usage."""
+        texts = others if isinstance(others, list) else [others]
+        prompts = [words([one, text]) for text in texts]
+        sequences = [Sequence(our_id(request, "score"), prompt, 1, commands) for prompt in prompts]
+        await asyncio.gather(*(drained(self._engine.generate(sequence)) for sequence in sequences))
+        return len(texts), {"prompt_tokens": sum(prompts), "total_tokens": sum(prompts)}
+
+    async def _score(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["text_1"], body["text_2"])
+        data = [{"index": at, "object": "score", "score": 0.5} for at in range(count)]
+        await answer.whole(200, {"object": "list", "model": body["model"], "data": data, "usage": usage})
+
+    async def _rerank(self, request: Request, answer: Answer, commands: Commands) -> None:
+        body = request.json
+        count, usage = await self._pairs(request, commands, body["query"], body["documents"])
+        results = [{"index": at, "relevance_score": 0.5} for at in range(count)]
+        await answer.whole(200, {"id": "rerank-1", "model": body["model"], "results": results, "usage": usage})
 
     async def _classify(self, request: Request, answer: Answer, commands: Commands) -> None:
         inputs, tokens = await self._forward(request, commands, "classify")
@@ -363,7 +425,7 @@ class Server:
 
     async def _images(self, request: Request, answer: Answer, commands: Commands) -> None:
         body = request.json
-        size = str(body.get("size") or "64x64")
+        size = str(body.get("size") or "auto").replace("auto", "64x64")
         width, height = map(int, size.split("x"))
         steps = int(body.get("num_inference_steps") or 10)
         pixels = width * height // 64
@@ -440,21 +502,26 @@ class AnthropicMessage:
         content = [message.get("content") for message in body["messages"]]
         self._sequence = Sequence(our_id(request, "chatcmpl"), words(content), length, commands)
         self._id = f"msg_{request.headers.get('x-request-id', secrets.token_hex(16))}"
+        self._tools = [] if "tool_result" in json.dumps(content[-1]) else body.get("tools") or []
 
     async def answer(self, answer: Answer) -> None:
         await (self._stream(answer) if self._body.get("stream") else self._whole(answer))
 
     def _message(self, content: list[Json], output: int) -> Json:
         usage = {"input_tokens": self._sequence.prompt, "output_tokens": output}
-        more = {"stop_reason": "tool_use" if self._body.get("tools") else "end_turn", "stop_sequence": None}
+        more = {"stop_reason": self._reason(), "stop_sequence": None}
         common = {"id": self._id, "type": "message", "role": "assistant", "model": self._body["model"]}
         return {**common, "content": content, **more, "usage": usage}
 
+    def _reason(self) -> str:
+        return "tool_use" if self._tools else "end_turn"
+
+    def _calls(self) -> list[Json]:
+        return [{"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {}} for tool in self._tools]
+
     async def _whole(self, answer: Answer) -> None:
         text = " ".join([f"wört{number}" async for number in self._engine.generate(self._sequence)])
-        content: list[Json] = [{"type": "text", "text": text}]
-        for tool in self._body.get("tools") or []:
-            content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {}})
+        content: list[Json] = [{"type": "text", "text": text}, *self._calls()]
         await answer.whole(200, self._message(content, self._sequence.length))
 
     async def _stream(self, answer: Answer) -> None:
@@ -467,8 +534,13 @@ class AnthropicMessage:
         async for number in self._engine.generate(self._sequence):
             await tell("content_block_delta", index=0, delta={"type": "text_delta", "text": f"wört{number} "})
         await tell("content_block_stop", index=0)
+        for index, call in enumerate(self._calls(), 1):
+            await tell("content_block_start", index=index, content_block=call)
+            delta = {"type": "input_json_delta", "partial_json": "{}"}
+            await tell("content_block_delta", index=index, delta=delta)
+            await tell("content_block_stop", index=index)
         usage = {"output_tokens": self._sequence.length}
-        await tell("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage=usage)
+        await tell("message_delta", delta={"stop_reason": self._reason(), "stop_sequence": None}, usage=usage)
         await tell("message_stop")
         await answer.end()
 
@@ -486,8 +558,18 @@ class OpenAIResponse:
         self._text = ""
 
     def _item(self) -> Json:
-        part = {"type": "output_text", "text": self._text, "annotations": []}
+        part = {"type": "output_text", "text": self._wanted(), "annotations": []}
         return {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+
+    def _wanted(self) -> str:
+        """The text, or an object of the schema's names where one was asked for."""
+        schema = ((self._body.get("text") or {}).get("format") or {}).get("schema")
+        return json.dumps(dict.fromkeys(schema["properties"], self._text)) if schema else self._text
+
+    def _output(self) -> list[Json]:
+        tools = [] if "function_call_output" in json.dumps(self._body["input"]) else self._body.get("tools") or []
+        call = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "arguments": "{}", "status": "completed"}
+        return [{**call, "name": tool["name"]} for tool in tools] or [self._item()]
 
     def told(self, status: str) -> Json:
         prompt, length = self._sequence.prompt, self._sequence.length
@@ -496,7 +578,7 @@ class OpenAIResponse:
         done = status == "completed"
         common = {"id": self.id, "object": "response", "created_at": 0, "model": self._body.get("model")}
         settings = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "error": None}
-        output = [self._item()] if done else []
+        output = self._output() if done else []
         return {**common, **settings, "status": status, "output": output, "usage": usage if done else None}
 
     async def answer(self, answer: Answer) -> None:
@@ -538,10 +620,14 @@ class Generation:
         self._body = body
         self._commands = commands
         self._chat = chat
-        length = int(commands.get("tokens", body.get("max_completion_tokens") or body.get("max_tokens") or 16))
+        most = body.get("max_completion_tokens") or body.get("max_tokens")
+        length = int(commands.get("tokens", most or 16))
+        self._ended = "length" if most and length >= most else "stop"
         self._id = ("chatcmpl-" if chat else "cmpl-") + (request.headers.get("x-request-id") or secrets.token_hex(16))
         ours = our_id(request, self._id)
         self._sequences = [Sequence(ours, prompt, length, commands) for _ in range(int(body.get("n") or 1))]
+        answered = chat and body["messages"] and body["messages"][-1].get("role") == "tool"
+        self._tools: list[Json] = [] if answered else body.get("tools") or []
         self._usage = {
             "prompt_tokens": prompt,
             "completion_tokens": length * len(self._sequences),
@@ -553,23 +639,31 @@ class Generation:
 
     async def _whole(self, answer: Answer) -> None:
         texts = await asyncio.gather(*(self._text(sequence) for sequence in self._sequences))
-        ended = "stop" if self._body.get("response_format") else "length"
-        choices = [self._choice(index, self._wanted(text), ended, delta=False) for index, text in enumerate(texts)]
-        for tool in self._body.get("tools") or []:
-            call = {"id": "call_1", "type": "function"}
-            call["function"] = {"name": tool["function"]["name"], "arguments": "{}"}  # type: ignore[assignment] # JSON
-            choices[0] |= {"finish_reason": "tool_calls"}
-            choices[0]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        choices = [self._choice(at, self._wanted(text), self._ended, delta=False) for at, text in enumerate(texts)]
+        if self._tools:
+            message = {"role": "assistant", "content": None, "tool_calls": self._calls("{}")}
+            choices[0] |= {"finish_reason": "tool_calls", "message": message}
         body = {**self._common(delta=False), "choices": choices, "usage": self._usage}
         await answer.whole(200, body | ({"energy": "fake"} if "energy_headers" in self._commands else {}))
 
+    def _calls(self, arguments: str, *, begin: bool = True) -> list[Json]:
+        """A call of each tool, or the next piece of its arguments."""
+        found = []
+        for at, tool in enumerate(self._tools):
+            named = {"id": f"call_{at}", "type": "function"} if begin else {}
+            name = {"name": tool["function"]["name"]} if begin else {}
+            found.append({"index": at, **named, "function": {**name, "arguments": arguments}})
+        return found
+
+    def _wants_json(self) -> bool:
+        return "json" in (self._body.get("response_format") or {}).get("type", "")
+
     def _wanted(self, text: str) -> str:
         """A JSON object where one was asked for: the schema's names, each with the text."""
-        wanted = self._body.get("response_format") or {}
-        schema = (wanted.get("json_schema") or {}).get("schema") or {}
-        return (
-            json.dumps(dict.fromkeys(schema.get("properties", {}), text)) if "json" in wanted.get("type", "") else text
-        )
+        if not self._wants_json():
+            return text
+        schema = (self._body["response_format"].get("json_schema") or {}).get("schema") or {}
+        return json.dumps(dict.fromkeys(schema.get("properties", {}), text))
 
     async def _text(self, sequence: Sequence) -> str:
         text = ""
@@ -591,11 +685,21 @@ class Generation:
     async def _tell(self, index: int, answer: Answer, turn: asyncio.Lock) -> None:
         sequence = self._sequences[index]
         async for number in self._engine.generate(sequence):
-            reason = "length" if number == sequence.length else None
             async with turn:
-                choice = self._choice(index, self._word(number), reason, delta=True)
+                choice = self._piece(index, number, last=number == sequence.length)
                 await answer.event({**self._common(delta=True), "choices": [choice]})
             await self._mishap(number, answer)
+
+    def _piece(self, index: int, number: int, *, last: bool) -> Json:
+        """What a token adds to a stream: a word, or a bit of a tool's arguments or of an object (blanks, then all)."""
+        ended = self._ended if last else None
+        if self._tools:
+            choice = self._choice(index, "", ended and "tool_calls", delta=True)
+            calls = self._calls("{}" if last else " ", begin=number == 1)
+            return choice | {"delta": {"role": "assistant", "content": None, "tool_calls": calls}}
+        if self._wants_json():
+            return self._choice(index, self._wanted("wört") if last else " ", ended, delta=True)
+        return self._choice(index, self._word(number), ended, delta=True)
 
     async def _mishap(self, number: int, answer: Answer | None) -> None:
         """What the request's commands want to go wrong after this token."""

@@ -314,6 +314,28 @@ def test_the_level_of_a_line_is_kept(line: str, level: int) -> None:
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: "
             "Value error, max_model_len (9) is greater than 8",
         ),
+        (
+            [
+                "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "  Value error, Invalid repository ID or local directory specified: '/models/none'.",
+                "Please verify the following requirements:",
+                "1. Specify a local directory with a 'config.json'.",
+                " [type=value_error, input_value=ArgsKwargs((), {'model': 1}), input_type=ArgsKwargs]",
+                "    For further information visit https://errors.pydantic.dev/2.14/v/value_error",
+            ],
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: "
+            "Value error, Invalid repository ID or local directory specified: '/models/none'. "
+            "Please verify the following requirements: 1. Specify a local directory with a 'config.json'.",
+        ),
+        (
+            [
+                "(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for CacheConfig",
+                "(APIServer pid=7) gpu_memory_utilization",
+                "(APIServer pid=7)   Input should be less than or equal to 1 [type=less_than_equal, input_value=2]",
+            ],
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for CacheConfig: "
+            "gpu_memory_utilization Input should be less than or equal to 1",
+        ),
         (["serve: error: unrecognized arguments: --nonsense"], "serve: error: unrecognized arguments: --nonsense"),
         ([], ""),
     ],
@@ -335,7 +357,7 @@ async def test_backends_come_and_go_while_the_others_run(run_dir: Path) -> None:
         assert (changes[-1].name, changes[-1].state, changes[-1].pid) == ("other", "stopped", None)
         assert supervisor.pids() == {"chat": stays}
         supervisor.suspect("other")
-        supervisor.unwatched("other")
+        supervisor.unwatched("other", "no reason")
 
 
 async def test_one_that_is_removed_as_all_end_has_its_grace_and_is_gone(run_dir: Path) -> None:

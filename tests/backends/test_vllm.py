@@ -208,6 +208,22 @@ async def test_each_batch_is_told_with_its_tokens_and_contexts(heard: Heard) -> 
     assert first.started <= first.ended <= second.started <= second.ended
 
 
+async def test_a_batch_that_stays_together_and_changes_is_told_as_it_is(heard: Heard) -> None:
+    names = [f"chatcmpl-{number:032x}-a" for number in range(20)]
+    scheduler = reporter.scheduler(config())
+    one_each = dict.fromkeys(names, 1)
+    fewer = dict.fromkeys(names[:7], 1)
+    prefill = dict.fromkeys(names, 70_000)
+    scheduler.plan = [prefill, *[one_each] * 5, {**one_each, names[3]: 9}, *[one_each] * 3, fewer, *[one_each] * 2]
+    expected = []
+    for plan in list(scheduler.plan):
+        scheduler.update_from_output(scheduler.schedule(), None)
+        contexts = [scheduler.requests[name].num_computed_tokens for name in plan]
+        expected.append(([name[9:-2] for name in plan], list(plan.values()), contexts))
+    await until(lambda: len(heard.steps) == len(expected))
+    assert [(step.requests, step.tokens, step.contexts) for step in heard.steps] == expected
+
+
 async def test_two_batches_in_flight_do_not_overlap(heard: Heard) -> None:
     scheduler = reporter.scheduler(config())
     scheduler.plan = [{"a": 4}, {"a": 1}, {"a": 1}]

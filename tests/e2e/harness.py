@@ -43,7 +43,9 @@ def stand_ins(kind: str) -> BackendKind:
     """Every engine is the stand-in; as llama.cpp it does not report its steps."""
     if kind == "remote":
         return kind_of(kind)
-    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(kind, ("chat", "embedding", "audio"))
+    tasks = {"transformers": ("classification",), "diffusers": ("image",)}.get(
+        kind, ("chat", "embedding", "score", "audio")
+    )
     return FakeKind(tasks=tasks, reports_steps=kind != "llamacpp")  # type: ignore[arg-type] # literals through a dict
 
 
@@ -111,6 +113,11 @@ class Proxy:
     def devices(self) -> dict[str, dict[str, Any]]:
         rows = self.client.get("/v1/energy/devices").json()["data"]
         return {row["device"]: row for row in rows}
+
+    def truth(self, model: str = "chat") -> dict[str, Any]:
+        """What the stand-in engine of a model knows of itself."""
+        found: dict[str, Any] = httpx.get(f"{self.node.registry.states[model].url}/fake/truth").json()
+        return found
 
     def metric(self, name: str, **labels: str) -> float | None:
         """One sample of /metrics; None where there is none with these labels."""

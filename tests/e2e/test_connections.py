@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from proxy.api.protocol import HEAD_BYTES, Protocol
@@ -38,7 +37,7 @@ def read_until(connection: socket.socket, mark: bytes, times: int = 1) -> bytes:
 
 
 def active(proxy: Proxy) -> int:
-    found: int = httpx.get(f"{proxy.node.registry.states['chat'].url}/fake/truth").json()["active"]
+    found: int = proxy.truth()["active"]
     return found
 
 

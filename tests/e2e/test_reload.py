@@ -162,11 +162,13 @@ def test_under_load_three_reloads_fail_no_request(node: Node) -> None:
                 answers.append(client.post("/v1/chat/completions", json=body))
 
     loads = [node.clients.submit(load, stream) for stream in (True, False, True, False)]
-    for replicas, token_ms in ((2, 1), (2, 2), (1, 3)):
-        so_far = len(answers)
-        node.reload(models=[node.model("chat", replicas=replicas, token_ms=token_ms)])
-        until(partial(has_grown, answers, so_far + 10))
-    ended.set()
+    try:
+        for replicas, token_ms in ((2, 1), (2, 2), (1, 3)):
+            so_far = len(answers)
+            node.reload(models=[node.model("chat", replicas=replicas, token_ms=token_ms)])
+            until(partial(has_grown, answers, so_far + 10))
+    finally:
+        ended.set()
     for each in loads:
         each.result(30)
 

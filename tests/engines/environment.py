@@ -30,13 +30,13 @@ def vllm_python() -> Path:
     """The interpreter of an environment with vLLM in it, made if it is not there."""
     folder = cache() / VLLM.replace("==", "-")
     python = folder / "bin" / "python"
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not (folder / ".complete").exists():
-            _run(sys.executable, "-m", "venv", "--clear", str(folder))
+            run(sys.executable, "-m", "venv", "--clear", str(folder))
             pip = (str(python), "-m", "pip", "--disable-pip-version-check", "-q")
             index = os.environ.get("TORCH_INDEX")
-            _run(*pip, "install", VLLM, TORCH, *(("--extra-index-url", index) if index else ()))
-            _run(*pip, "uninstall", "-y", *_UNFIT)
+            run(*pip, "install", VLLM, TORCH, *(("--extra-index-url", index) if index else ()))
+            run(*pip, "uninstall", "-y", *_UNFIT)
             (folder / ".complete").touch()
     return python
 
@@ -45,9 +45,9 @@ def tiny_models() -> Path:
     """The folder of the tiny random models, made if it is not there."""
     script = Path(__file__).with_name("tiny_models.py")
     folder = cache() / f"tiny-{hash_of(script)}"
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not (folder / ".complete").exists():
-            _run(str(vllm_python()), str(script), str(folder))
+            run(str(vllm_python()), str(script), str(folder))
             (folder / ".complete").touch()
     return folder
 
@@ -56,12 +56,14 @@ def hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
+    """Do it, without asking a hub for anything."""
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
