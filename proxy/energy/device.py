@@ -26,6 +26,8 @@ from proxy.energy.timeline import Timeline, Window
 #: A device of which others used less than this counts as free of foreign processes when something is learnt.
 _NO_FOREIGN = 0.01
 _LARGE_BATCH = 64
+#: Of a step that is not told yet a request already under way has hardly more than so many equal parts.
+_BIG_SHARE = 4.0
 _MOST = float(1 << 62)
 #: Makes a share of bare integers: thousands of them a second are worth a detour around the units' names.
 _share: Callable[[int, int, int, int, int | None, int], DeviceShare] = cast(Any, DeviceShare)
@@ -237,14 +239,14 @@ class DeviceBook:
         """Nanoseconds of the span that no settled window covers."""
         return max(end - max(start, self.settled_until or NEVER), 0)
 
-    def provisional(self, request: Request, lost_ratio: float, silence: int) -> DeviceShare | None:
+    def provisional(self, request: Request, lost_ratio: float, silence: int, open_requests: int) -> DeviceShare | None:
         """What settled windows gave it, and what is predicted for the rest; None if it had no step here.
 
-        For `silence` nanoseconds its engine may have worked for it and not have told yet.
+        For `silence` nanoseconds its engine may have worked for it, among so many, and not have told yet.
         """
         unseen = self._glance(request)
         if silence:
-            untold = Tail(0.0, 0.0, self._models.most(silence))
+            untold = Tail(0.0, 0.0, self._models.most(silence) * min(_BIG_SHARE / open_requests, 1.0))
             unseen = untold if unseen is None and self.tallies.touched(request.slot) else unseen and unseen.plus(untold)
         if not self.tallies.touched(request.slot):
             return None if unseen is None else self._predicted_only(unseen)
