@@ -145,6 +145,8 @@ def table(plain: dict[str, Any], streamed: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of short runs")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations; figures are medians over them")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each run")
     parser.add_argument("--only", nargs="*", help="names of the peers to run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -153,7 +155,7 @@ def main() -> None:
     for peer in [peer for peer in peers if peer.missing()]:
         console.print(f"missing: {peer.name} ({peer.missing()})", markup=False)
         peers.remove(peer)
-    rounds, seconds = (1, 2.0) if options.quick else (5, 4.0)
+    rounds, seconds = (1, 2.0) if options.quick else (options.rounds, options.seconds)
     cpu, other = (0, 1) if (os.cpu_count() or 1) > 1 else (None, None)
     plain = measure_plain(peers, rounds, seconds, cpu, other)
     streamed = measure_streams(peers, rounds, seconds, cpu)
