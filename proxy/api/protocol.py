@@ -71,7 +71,8 @@ class Protocol(HttpToolsProtocol):
 
     def close_if_idle(self, now: float) -> None:
         """Hang up if no request has come for too long (monotonic seconds). In place of a timer for each answer."""
-        if self._idle_since is not None and now - self._idle_since >= self.timeout_keep_alive:
+        since = None if self._in_head or self._in_body else self._idle_since
+        if since is not None and now - since >= self.timeout_keep_alive:
             self.timeout_keep_alive_handler()
 
     def on_response_complete(self) -> None:
@@ -81,7 +82,7 @@ class Protocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            self.loop.call_soon(self._start_next)  # not within: refusals of many would be one within the other
         else:
             self._idle_since = time.monotonic()
         if self._in_body and self.cycle.response_complete:
@@ -95,7 +96,6 @@ class Protocol(HttpToolsProtocol):
         self._start_timer(self.head_seconds, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         self._loose_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -124,9 +124,11 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._idle_since = None
         self._stop_timer()
         if not self.url.startswith(b"/") or self.parser.get_http_version() not in _VERSIONS:
             raise _no_request()
+        self._in_body = True
         self._head = self.headers
         found = self._edge.find(self.url) if self.parser.get_method() == b"POST" else None
         if found is None:
@@ -134,7 +136,6 @@ class Protocol(HttpToolsProtocol):
         else:
             self._begin_relay(*found)
         self.headers = _NOWHERE
-        self._in_body = True
         under_way = self._under_way
         while under_way and under_way[0].response_complete:
             under_way.popleft()
@@ -156,6 +157,8 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._stop_timer()
         cycle = self.cycle
+        if cycle.response_complete:
+            self._idle_since = time.monotonic()
         if isinstance(cycle, RelayCycle):
             cycle.body_ended()
         else:
@@ -168,7 +171,8 @@ class Protocol(HttpToolsProtocol):
         for cycle in self._under_way:
             if not cycle.response_complete:
                 cycle.disconnected = True
-                cycle.message_event.set()
+                if cycle is not self.cycle:  # uvicorn tells that one
+                    cycle.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -197,11 +201,17 @@ class Protocol(HttpToolsProtocol):
         """As uvicorn's `on_headers_complete`."""
         before = self.cycle
         cycle = self.cycle = RelayCycle(self, self._edge, relay, model)
+        if self.transport.is_closing():
+            return  # an earlier one was the last: this is nobody's
         if before is None or before.response_complete:
             cycle.start()
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
+
+    def _start_next(self) -> None:
+        if self.pipeline and not self.transport.is_closing():
+            self._start_asgi_task(*self.pipeline.pop())
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, RelayCycle):
@@ -233,7 +243,7 @@ class Protocol(HttpToolsProtocol):
         self._refuse(InvalidRequest(f"No request's head arrived within {self.head_seconds:g} s.", status=408))
 
     def _body_too_slow(self) -> None:
-        if isinstance(self.cycle, RelayCycle) and not self.cycle.response_complete:
+        if isinstance(self.cycle, RelayCycle) and self._has_turn() and not self.cycle.response_complete:
             message = f"The request body did not arrive within {self.body_seconds:.0f} s."
             self.cycle.refuse(InvalidRequest(message, status=408, code="request_timeout"))
         self.transport.close()
@@ -249,10 +259,14 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(status_line(error.status) + JSON_LINES + length + body)
         self.transport.close()
 
+    def _has_turn(self) -> bool:
+        """Whether all requests before the last one are answered."""
+        return all(earlier.response_complete for earlier in self._under_way if earlier is not self.cycle)
+
     def _may_answer(self) -> bool:
         """Whether it is the client's turn to hear of the request that is coming in."""
         cycle = self.cycle
-        if not all(earlier.response_complete for earlier in self._under_way if earlier is not cycle):
+        if not self._has_turn():
             return False
         if cycle is None or cycle.response_complete:
             return True

@@ -1,0 +1,84 @@
+"""Whose turn it is on a connection: answers in their order, none twice, and no connection kept for nothing."""
+
+import re
+import socket
+import time
+
+import pytest
+
+from proxy.api.protocol import Protocol
+from tests.e2e.harness import Proxy, until
+from tests.e2e.test_connections import connected, read_until, request
+
+#: Refused as soon as its head is there: no form is due.
+REFUSED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\n"
+)
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(65536) == b""
+    except TimeoutError:
+        return False
+
+
+def test_a_connection_whose_request_was_answered_before_its_body_came_is_not_kept_for_ever(proxy: Proxy) -> None:
+    with connected(proxy) as connection:
+        connection.sendall(REFUSED)
+        assert read_until(connection, b"}}").startswith(b"HTTP/1.1 400 ")
+        connection.sendall(b"hello")
+        assert closed_within(connection, 9)
+
+
+def test_bytes_between_requests_do_not_keep_a_connection(proxy: Proxy) -> None:
+    with connected(proxy) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(connection, b"}")
+        connection.sendall(b"\r\n")
+        assert closed_within(connection, 9)
+
+
+def test_a_body_that_is_too_slow_is_not_answered_amid_the_answer_before_it(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Protocol, "body_seconds", 0.3)
+    with connected(proxy) as connection:
+        connection.sendall(request("hi [[tokens=1000 token_ms=10]]", stream=True))
+        connection.sendall(request("hi")[:-3])
+        got = read_until(connection, b"no such mark")
+    assert got.count(b"HTTP/1.1 ") == 1
+    until(proxy.settled)
+
+
+def test_many_wrong_requests_in_advance_are_answered_one_by_one(proxy: Proxy) -> None:
+    wrong = b"POST /v1/embeddings HTTP/1.1\r\n\r\n"
+    with connected(proxy) as connection:
+        connection.sendall(request("hi [[tokens=5 token_ms=20]]") + wrong * 300)
+        got = read_until(connection, b"\r\ncontent-length: ", 301)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] + [b"400"] * 300
+
+
+def test_a_client_that_leaves_before_its_body_has_come_is_counted_once(proxy: Proxy) -> None:
+    def left() -> float:
+        return (
+            proxy.metric("joulegate_requests_total", code="499", endpoint="/v1/chat/completions", model="unknown") or 0
+        )
+
+    before = left()
+    with connected(proxy) as connection:
+        connection.sendall(request("hi")[:-3])
+        time.sleep(0.1)
+    until(lambda: left() > before)
+    assert left() == before + 1
+
+
+def test_what_follows_a_request_that_closes_the_connection_reaches_no_backend(proxy: Proxy) -> None:
+    received = proxy.truth()["received"]
+    last = REFUSED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + b"hello"
+    with connected(proxy) as connection:
+        connection.sendall(last + request("hi"))
+        got = read_until(connection, b"no such mark")
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"400"]
+    assert proxy.truth()["received"] == received
