@@ -33,6 +33,8 @@ BODY_SECONDS = 60.0
 LINGER_SECONDS = 10.0
 #: With more requests in advance than these, a connection is not read from until they are answered.
 _PIPELINED = 8
+#: A body in more pieces than these is put together now and then: small pieces take far more memory than what they hold.
+_PIECES = 1024
 #: So much of a body that is not wanted any more is read and thrown away, for the client to see the answer.
 _DISCARDED = 1024 * 1024
 _VERSIONS = frozenset({"1.0", "1.1"})
@@ -80,11 +82,11 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
         if self.pipeline:
             self.loop.call_soon(self._start_next)  # not within: refusals of many would be one within the other
         else:
             self._idle_since = time.monotonic()
+            self._read_on()
         if self._in_body and self.cycle.response_complete:
             self._start_timer(self.linger_seconds, self.transport.close)
 
@@ -140,7 +142,9 @@ class Protocol(HttpToolsProtocol):
         while under_way and under_way[0].response_complete:
             under_way.popleft()
         under_way.append(self.cycle)
-        if 0 < len(self.pipeline) <= _PIPELINED:
+        if self.flow.write_paused:
+            self.flow.pause_reading()  # it does not read the answers that it has
+        elif 0 < len(self.pipeline) <= _PIPELINED:
             self.flow.resume_reading()  # else nobody would see the client leave
 
     def on_body(self, body: bytes) -> None:
@@ -186,6 +190,8 @@ class Protocol(HttpToolsProtocol):
         for cycle in self._under_way:
             if isinstance(cycle, RelayCycle):
                 cycle.resume()
+        self._read_on()
+        self._start_next()
 
     # within
 
@@ -209,9 +215,20 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
 
+    def _read_on(self) -> None:
+        """Read what the client sends, unless it has sent enough or does not read itself."""
+        if len(self.pipeline) <= _PIPELINED and not self.flow.write_paused:
+            self.flow.resume_reading()
+
     def _start_next(self) -> None:
-        if self.pipeline and not self.transport.is_closing():
-            self._start_asgi_task(*self.pipeline.pop())
+        """Start the request that waits, if it is its turn and the client reads."""
+        if not self.pipeline or self.flow.write_paused or self.transport.is_closing():
+            return
+        cycle, app = self.pipeline[-1]
+        if next((due for due in self._under_way if not due.response_complete), None) is cycle:
+            self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            self._read_on()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, RelayCycle):
@@ -317,7 +334,7 @@ class RelayCycle:
         self._expects = protocol.expect_100_continue
         self._headers: Headers | None = None
         self._key: str | None = None
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
         self._size = 0
         self._started = False
         self._source: Source | None = None
@@ -372,6 +389,8 @@ class RelayCycle:
                 self._protocol.transport.close()
         elif self._size <= limit:
             self._body.append(data)
+            if len(self._body) > _PIECES:
+                self._put_together()
         elif self._started:
             self.refuse(BodyTooLarge(limit))
 
@@ -442,9 +461,16 @@ class RelayCycle:
         if self._size > self._relay.max_body_bytes:
             raise BodyTooLarge(self._relay.max_body_bytes)
 
+    def _put_together(self) -> None:
+        first, *others = self._body
+        whole = first if isinstance(first, bytearray) else bytearray(first)
+        whole += b"".join(others)
+        self._body = [whole]
+
     def _run(self) -> None:
         assert self._headers is not None
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        only = self._body[0] if len(self._body) == 1 else None
+        body = only if isinstance(only, bytes) else b"".join(self._body)
         self._body = []
         asked = Inbound(self._headers, body, self._key, self._model)
         task = self._task = self._protocol.loop.create_task(self._serve(asked))

@@ -1,9 +1,12 @@
 """Whose turn it is on a connection: answers in their order, none twice, and no connection kept for nothing."""
 
+import json
 import re
 import socket
 import time
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from proxy.api.protocol import Protocol
@@ -82,3 +85,38 @@ def test_what_follows_a_request_that_closes_the_connection_reaches_no_backend(pr
         got = read_until(connection, b"no such mark")
     assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"400"]
     assert proxy.truth()["received"] == received
+
+
+def test_a_client_that_does_not_read_its_answers_is_not_read_from(proxy: Proxy) -> None:
+    wrong = b"POST /v1/embeddings HTTP/1.1\r\n\r\n" * 200_000
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.connect((urlsplit(proxy.url).hostname, urlsplit(proxy.url).port))
+        connection.settimeout(3)
+        with pytest.raises(TimeoutError):
+            connection.sendall(wrong)
+        connection.settimeout(20)
+        got = 0
+        while got < 1_000_000 and (data := connection.recv(65536)):
+            got += len(data)
+    assert got >= 1_000_000
+
+
+def test_a_client_that_reads_late_gets_all_that_it_asked_for_in_advance(proxy: Proxy) -> None:
+    with connected(proxy) as connection:
+        connection.sendall(request("hi [[tokens=3000 big=2000 token_ms=0]]", stream=True) + request("hi") * 12)
+        time.sleep(1)
+        got = read_until(connection, b"\r\ncontent-length: ", 12)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 13
+
+
+def test_a_body_in_very_many_small_chunks_arrives_whole(proxy: Proxy) -> None:
+    head, _, body = request("hi [[tokens=2]] " + "x" * 20_000).partition(b"\r\n\r\n")
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(body[at : at + 2]), body[at : at + 2]) for at in range(0, len(body), 2))
+    with connected(proxy) as connection:
+        connection.sendall(head + b"\r\n\r\n" + chunks + b"0\r\n\r\n")
+        assert read_until(connection, b'"usage"').startswith(b"HTTP/1.1 200 ")
+    sent = httpx.get(f"{proxy.node.registry.states['chat'].url}/fake/requests").json()[-1]["body"]
+    assert (json.loads(sent) if isinstance(sent, str) else sent) == json.loads(body)
