@@ -11,7 +11,7 @@ import pytest
 
 from proxy.api.protocol import Protocol
 from tests.e2e.harness import Proxy, until
-from tests.e2e.test_connections import connected, read_until, request
+from tests.e2e.test_connections import active, connected, read_until, request
 
 #: Refused as soon as its head is there: no form is due.
 REFUSED = (
@@ -120,3 +120,14 @@ def test_a_body_in_very_many_small_chunks_arrives_whole(proxy: Proxy) -> None:
         assert read_until(connection, b'"usage"').startswith(b"HTTP/1.1 200 ")
     sent = httpx.get(f"{proxy.node.registry.states['chat'].url}/fake/requests").json()[-1]["body"]
     assert (json.loads(sent) if isinstance(sent, str) else sent) == json.loads(body)
+
+
+def test_after_all_of_this_nothing_is_left_behind(proxy: Proxy) -> None:
+    model = proxy.node.registry.models["chat"]
+    until(proxy.settled)
+    until(lambda: active(proxy) == 0)
+    assert model.gate.inside == 0
+    assert [model.balancer.outstanding(id) for id in model.backends] == [0]
+    assert proxy.metric("joulegate_requests_in_flight", model="chat") in {0, None}
+    assert not proxy.on_loop(lambda: proxy.node.intake.under_way)
+    proxy.check_law()
