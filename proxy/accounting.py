@@ -130,6 +130,11 @@ class Ticket:
     def take(self, share: Attribution) -> bool:
         """Note a settled attempt; True when the whole receipt is settled."""
         self._shares[share.request] = share
+        return self.settled
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is over and all of its attempts have settled."""
         return self.finished_at is not None and len(self._shares) == len(self.attempts)
 
     def receipt(self) -> Receipt:
@@ -237,6 +242,8 @@ class Accountant:
     def has_told(self, ticket: Ticket) -> None:
         """The client has its receipt; as long as that is all there is of it, it may have to be stored so."""
         self._told.append((ticket.finished_at or now(), ticket))
+        if ticket.settled:  # its last attempt did so before, in the pause before another that was not made
+            self._complete(ticket)
 
     def share(self, attempt: str) -> Attribution | None:
         return self._ledger.attribution(attempt, now())

@@ -33,6 +33,8 @@ BODY_SECONDS = 60.0
 LINGER_SECONDS = 10.0
 #: With more requests in advance than these, a connection is not read from until they are answered.
 _PIPELINED = 8
+#: A body in more pieces than these is put together now and then: small pieces take far more memory than what they hold.
+_PIECES = 1024
 #: So much of a body that is not wanted any more is read and thrown away, for the client to see the answer.
 _DISCARDED = 1024 * 1024
 _VERSIONS = frozenset({"1.0", "1.1"})
@@ -71,7 +73,8 @@ class Protocol(HttpToolsProtocol):
 
     def close_if_idle(self, now: float) -> None:
         """Hang up if no request has come for too long (monotonic seconds). In place of a timer for each answer."""
-        if self._idle_since is not None and now - self._idle_since >= self.timeout_keep_alive:
+        since = None if self._in_head or self._in_body else self._idle_since
+        if since is not None and now - since >= self.timeout_keep_alive:
             self.timeout_keep_alive_handler()
 
     def on_response_complete(self) -> None:
@@ -79,11 +82,11 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            self.loop.call_soon(self._start_next)  # not within: refusals of many would be one within the other
         else:
             self._idle_since = time.monotonic()
+            self._read_on()
         if self._in_body and self.cycle.response_complete:
             self._start_timer(self.linger_seconds, self.transport.close)
 
@@ -95,7 +98,6 @@ class Protocol(HttpToolsProtocol):
         self._start_timer(self.head_seconds, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         self._loose_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -124,9 +126,11 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._idle_since = None
         self._stop_timer()
         if not self.url.startswith(b"/") or self.parser.get_http_version() not in _VERSIONS:
             raise _no_request()
+        self._in_body = True
         self._head = self.headers
         found = self._edge.find(self.url) if self.parser.get_method() == b"POST" else None
         if found is None:
@@ -134,12 +138,13 @@ class Protocol(HttpToolsProtocol):
         else:
             self._begin_relay(*found)
         self.headers = _NOWHERE
-        self._in_body = True
         under_way = self._under_way
         while under_way and under_way[0].response_complete:
             under_way.popleft()
         under_way.append(self.cycle)
-        if 0 < len(self.pipeline) <= _PIPELINED:
+        if self.flow.write_paused:
+            self.flow.pause_reading()  # it does not read the answers that it has
+        elif 0 < len(self.pipeline) <= _PIPELINED:
             self.flow.resume_reading()  # else nobody would see the client leave
 
     def on_body(self, body: bytes) -> None:
@@ -156,6 +161,8 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._stop_timer()
         cycle = self.cycle
+        if cycle.response_complete:
+            self._idle_since = time.monotonic()
         if isinstance(cycle, RelayCycle):
             cycle.body_ended()
         else:
@@ -168,7 +175,8 @@ class Protocol(HttpToolsProtocol):
         for cycle in self._under_way:
             if not cycle.response_complete:
                 cycle.disconnected = True
-                cycle.message_event.set()
+                if cycle is not self.cycle:  # uvicorn tells that one
+                    cycle.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -182,6 +190,8 @@ class Protocol(HttpToolsProtocol):
         for cycle in self._under_way:
             if isinstance(cycle, RelayCycle):
                 cycle.resume()
+        self._read_on()
+        self._start_next()
 
     # within
 
@@ -197,11 +207,28 @@ class Protocol(HttpToolsProtocol):
         """As uvicorn's `on_headers_complete`."""
         before = self.cycle
         cycle = self.cycle = RelayCycle(self, self._edge, relay, model)
+        if self.transport.is_closing():
+            return  # an earlier one was the last: this is nobody's
         if before is None or before.response_complete:
             cycle.start()
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
+
+    def _read_on(self) -> None:
+        """Read what the client sends, unless it has sent enough or does not read itself."""
+        if len(self.pipeline) <= _PIPELINED and not self.flow.write_paused:
+            self.flow.resume_reading()
+
+    def _start_next(self) -> None:
+        """Start the request that waits, if it is its turn and the client reads."""
+        if not self.pipeline or self.flow.write_paused or self.transport.is_closing():
+            return
+        cycle, app = self.pipeline[-1]
+        if next((due for due in self._under_way if not due.response_complete), None) is cycle:
+            self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            self._read_on()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, RelayCycle):
@@ -233,7 +260,7 @@ class Protocol(HttpToolsProtocol):
         self._refuse(InvalidRequest(f"No request's head arrived within {self.head_seconds:g} s.", status=408))
 
     def _body_too_slow(self) -> None:
-        if isinstance(self.cycle, RelayCycle) and not self.cycle.response_complete:
+        if isinstance(self.cycle, RelayCycle) and self._has_turn() and not self.cycle.response_complete:
             message = f"The request body did not arrive within {self.body_seconds:.0f} s."
             self.cycle.refuse(InvalidRequest(message, status=408, code="request_timeout"))
         self.transport.close()
@@ -249,10 +276,14 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(status_line(error.status) + JSON_LINES + length + body)
         self.transport.close()
 
+    def _has_turn(self) -> bool:
+        """Whether all requests before the last one are answered."""
+        return all(earlier.response_complete for earlier in self._under_way if earlier is not self.cycle)
+
     def _may_answer(self) -> bool:
         """Whether it is the client's turn to hear of the request that is coming in."""
         cycle = self.cycle
-        if not all(earlier.response_complete for earlier in self._under_way if earlier is not cycle):
+        if not self._has_turn():
             return False
         if cycle is None or cycle.response_complete:
             return True
@@ -303,7 +334,7 @@ class RelayCycle:
         self._expects = protocol.expect_100_continue
         self._headers: Headers | None = None
         self._key: str | None = None
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
         self._size = 0
         self._started = False
         self._source: Source | None = None
@@ -358,6 +389,8 @@ class RelayCycle:
                 self._protocol.transport.close()
         elif self._size <= limit:
             self._body.append(data)
+            if len(self._body) > _PIECES:
+                self._put_together()
         elif self._started:
             self.refuse(BodyTooLarge(limit))
 
@@ -428,9 +461,16 @@ class RelayCycle:
         if self._size > self._relay.max_body_bytes:
             raise BodyTooLarge(self._relay.max_body_bytes)
 
+    def _put_together(self) -> None:
+        first, *others = self._body
+        whole = first if isinstance(first, bytearray) else bytearray(first)
+        whole += b"".join(others)
+        self._body = [whole]
+
     def _run(self) -> None:
         assert self._headers is not None
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        only = self._body[0] if len(self._body) == 1 else None
+        body = only if isinstance(only, bytes) else b"".join(self._body)
         self._body = []
         asked = Inbound(self._headers, body, self._key, self._model)
         task = self._task = self._protocol.loop.create_task(self._serve(asked))

@@ -211,9 +211,8 @@ class Exchange:
         """Ask one replica; a Failure if it gave no answer that could be passed on, None if the client has been told."""
         self._route = route = lease.route
         self._tried.append(route.backend)
-        head = self._begin(route)
         try:
-            answer = await self._ask(route, head)
+            answer = await self._ask(route, self._begin(route))
             try:
                 return await self._judge(lease, answer)
             finally:
@@ -298,12 +297,12 @@ class Exchange:
         body = await answer.whole()
         is_json = answer.content_type.startswith(b"application/json")
         told = read_json_answer(body) if is_json else Told()
-        lines = passed_back(answer.headers)
+        lines = self._passed(answer)
         translation = self._call.endpoint.translation
         if translation is not None:
             body, kind = translation.answer(self._call.head, body, self._model, self._reply.id)
             is_json = kind == JSON
-            lines = passed_back(answer.headers, but=(b"content-type",)) + b"content-type: %b\r\n" % kind
+            lines = self._passed(answer, b"content-type") + b"content-type: %b\r\n" % kind
         if self._forwarding is not None:  # the client has been promised a stream
             self._forwarding.take(sse.event(body))
             self._close_stream(None)
@@ -313,12 +312,19 @@ class Exchange:
             body = splice.append_member(body, b"energy", encode_receipt(receipt))
         self._reply.whole(answer.status, lines + self._processing() + receipt_headers(receipt), body)
 
+    def _passed(self, answer: Answer, *but: bytes) -> Lines:
+        """A backend's headers for the client; its limits of requests give way to ours, where there are any."""
+        limits = () if self._gate is None else self._gate.rates()
+        return passed_back(answer.headers, but=(*but, *(name.encode() for name in limits)))
+
     def _processing(self) -> Lines:
         """How long it took the backend to answer, and how many more requests its model takes."""
-        return processing(time.perf_counter() - self._began)
+        rates = {} if self._gate is None else self._gate.rates()
+        told = "".join(f"{name}: {text}\r\n" for name, text in rates.items()).encode() if rates else b""
+        return processing(time.perf_counter() - self._began) + told
 
     async def _stream(self, answer: Answer) -> None:
-        forwarding = self._forwarding or self._open_stream(answer.status, passed_back(answer.headers))
+        forwarding = self._forwarding or self._open_stream(answer.status, self._passed(answer))
         self._reply.throttle(answer)
         await answer.pump(forwarding.take)
         forwarding.finish()

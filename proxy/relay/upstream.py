@@ -189,7 +189,8 @@ class _Connection(asyncio.Protocol):
 
     async def request(self, head: bytes, body: bytes | None) -> Answer:
         """Send a request and wait for the answer's head; raises Unreachable."""
-        assert self._transport is not None
+        if self._transport is None or not self.usable:
+            raise Unreachable("the backend closed the connection at once", lost=False)
         self._busy = True
         if body is None:
             self._transport.write(head)
@@ -221,6 +222,8 @@ class _Connection(asyncio.Protocol):
         while not self._complete:
             self._check()
             await self._news()
+        if self._parts:  # they came with bytes too many, or amid the parser's error over those
+            take(self._collected())
 
     def pause(self) -> None:
         if not self._paused and self._transport is not None and not self._complete:
@@ -234,11 +237,14 @@ class _Connection(asyncio.Protocol):
                 self._transport.resume_reading()
 
     def let_go(self, answer: Answer) -> None:
-        """The answer is done with: the connection is kept if its end was seen and it may be, else closed."""
-        if self._answer is not answer:
+        """The answer is done with: the connection is kept if its end was seen and it may be, else closed.
+
+        It may not be where the answer came before all of the request had been sent: the rest might never be read.
+        """
+        if self._answer is not answer or self._transport is None:
             return
         self.resume()
-        keep = self._complete and self.usable and self._lives_on
+        keep = self._complete and self.usable and self._lives_on and not self._transport.get_write_buffer_size()
         self._reset()
         if keep:
             self._pool.give_back(self)
@@ -260,23 +266,23 @@ class _Connection(asyncio.Protocol):
             self.close()
             return
         try:
+            self._parser.feed_data(data)
             if not self._head_seen:
                 self._head_bytes += len(data)
                 if self._head_bytes > _MAX_HEAD_BYTES:
                     raise BrokeOff(f"the head of the answer is longer than {_MAX_HEAD_BYTES} bytes")
-            self._parser.feed_data(data)
-            if self._take is not None and self._parts:
-                self._take(self._collected())
-        except Exception as error:  # of the parser (no HTTP), or of whoever takes the bytes
+        except Exception as error:  # of the parser: this is no HTTP
             self._fail(error)
             return
+        if self._take is not None and self._parts:
+            self._hand_on(self._take)
         if self._complete or self._take is None:
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
         self._pool.forget(self)
-        if self._busy and not self._complete:
+        if self._busy and not self._complete and self._failure is None:  # else it is we who closed it
             if exc is None and self._answer is not None and not self._answer.framed:
                 self._complete = True  # neither a length nor chunks: the end of the connection is the end of the body
                 self._wake()
@@ -291,7 +297,8 @@ class _Connection(asyncio.Protocol):
         self._headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if not self._head_seen:  # else it is a trailer, which nobody asked for
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -314,6 +321,13 @@ class _Connection(asyncio.Protocol):
 
     # within
 
+    def _hand_on(self, take: Callable[[bytes], None]) -> None:
+        try:
+            take(self._collected())
+        except Exception as error:
+            self._complete = False  # the last bytes or not: its taker does not have them
+            self._fail(error)
+
     def _collected(self) -> bytes:
         parts = self._parts
         self._parts = []
@@ -321,11 +335,12 @@ class _Connection(asyncio.Protocol):
 
     async def _news(self) -> None:
         """Wait until something has changed."""
-        self._waiter = asyncio.get_running_loop().create_future()
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await self._waiter
+            await waiter
         finally:
-            self._waiter = None
+            if self._waiter is waiter:  # else another exchange has begun
+                self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

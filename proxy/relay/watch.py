@@ -4,8 +4,11 @@ A timer of its own for each request, set and cancelled, would be dearer than rea
 """
 
 import asyncio
+import logging
 import time
 from typing import Protocol
+
+log = logging.getLogger("joulegate.relay")
 
 _MOST_SECONDS = 0.25
 _LEAST_SECONDS = 0.01
@@ -33,4 +36,7 @@ class Watch:
             await asyncio.sleep(self._every)
             now = time.monotonic()
             for watched in list(self.under_way):
-                watched.look(now)
+                try:
+                    watched.look(now)
+                except Exception:  # a defect that concerns one request must not leave the others without time-outs
+                    log.exception("an error of our own in looking at a request")

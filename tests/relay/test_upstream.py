@@ -207,3 +207,119 @@ async def test_a_paused_answer_makes_the_backend_wait() -> None:
     answer.abort()
     await upstream.close()
     listening.close()
+
+
+@asynccontextmanager
+async def raw(handle: Handler) -> AsyncIterator[tuple[str, Upstream]]:
+    """A server whose connections are handled so."""
+    upstream = Upstream(connect_seconds=2)
+    listening = await asyncio.start_server(handle, "127.0.0.1", 0, limit=1024)
+    try:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1/x", upstream
+    finally:
+        await upstream.close()
+        listening.close()
+
+
+TRAILED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b'e\r\n{"object":"x"}\r\n0\r\nX-Late: 1\r\n\r\n'
+)
+
+
+async def test_trailers_are_no_headers() -> None:
+    async with serving(TRAILED) as (server, upstream):
+        got = await upstream.post(server.url, b"{}", HEAD)
+        assert await whole(got) == BODY
+        assert got.header("x-late") is None
+
+
+async def test_a_body_behind_a_long_head_is_no_part_of_it() -> None:
+    head = b"HTTP/1.1 200 OK\r\nX-Filler: " + b"x" * 200_000 + b"\r\n"
+    body = b"x" * 2_000_000
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(head)
+        await asyncio.sleep(0.1)
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+    async with raw(handle) as (url, upstream):
+        got = await upstream.post(url, b"{}", HEAD)
+        assert await whole(got) == body
+
+
+async def test_an_answer_up_to_the_connections_end_that_its_taker_refuses_is_not_whole() -> None:
+    async with serving(UNTIL_CLOSED, close=True) as (server, upstream):
+        got = await upstream.post(server.url, b"{}", HEAD)
+
+        def take(data: bytes) -> None:
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            await got.pump(take)
+        got.abort()
+
+
+async def test_an_error_of_whoever_takes_the_last_bytes_is_not_lost() -> None:
+    async with serving(CHUNKED, pieces=7) as (server, upstream):
+        got = await upstream.post(server.url, b"{}", HEAD)
+        seen = b""
+
+        def take(data: bytes) -> None:
+            nonlocal seen
+            seen += data
+            if seen == BODY:
+                raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            await got.pump(take)
+        got.abort()
+
+
+async def test_what_comes_in_one_read_with_bytes_too_many_is_not_lost() -> None:
+    body = b'{"obje'
+    first, rest = CHUNKED[: CHUNKED.index(body) + len(body)], CHUNKED[CHUNKED.index(body) + len(body) :]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(first)
+        await asyncio.sleep(0.1)
+        writer.write(rest + PLAIN)
+
+    async with raw(handle) as (url, upstream):
+        got = await upstream.post(url, b"{}", HEAD)
+        seen: list[bytes] = []
+        await got.pump(seen.append)
+        got.abort()
+        assert b"".join(seen) == BODY
+
+
+async def test_a_connection_with_a_request_not_wholly_sent_is_not_used_again() -> None:
+    connections = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(PLAIN)
+        await asyncio.sleep(5)
+
+    async with raw(handle) as (url, upstream):
+        got = await upstream.post(url, b"x" * 50_000_000, HEAD)
+        assert await whole(got) == BODY
+        async with asyncio.timeout(3):
+            got = await upstream.post(url, b"{}", HEAD)
+        assert await whole(got) == BODY
+    assert connections == 2
+
+
+async def test_a_server_that_hangs_up_at_once_is_not_waited_for() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with raw(handle) as (url, upstream):
+        for _ in range(20):
+            with pytest.raises(Unreachable):
+                async with asyncio.timeout(5):
+                    await upstream.post(url, b"{}", HEAD)
