@@ -52,13 +52,19 @@ def _nginx(folder: Path, port: int, upstream: int) -> list[str]:
 
 def _vllm_router(_: Path, port: int, upstream: int) -> list[str]:
     worker = f"http://127.0.0.1:{upstream}"
-    options = ["--worker-urls", worker, "--policy", "round_robin", "--log-level", "warning"]
+    options = ["--worker-urls", worker, "--policy", "round_robin", "--log-level", "warning", *_metrics(port)]
     return [str(PEERS / "bin" / "vllm-router"), *options, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _metrics(port: int) -> list[str]:
+    """Both routers would want the same port for their metrics."""
+    return ["--prometheus-port", str(port + 1 if port < 65535 else port - 1)]
 
 
 def _sglang_router(_: Path, port: int, upstream: int) -> list[str]:
     worker = f"http://127.0.0.1:{upstream}"
     options = ["launch", "--worker-urls", worker, "--policy", "round_robin", "--log-level", "warn"]
+    options += _metrics(port)
     return [str(PEERS / "bin" / "sglang-router"), *options, "--host", "127.0.0.1", "--port", str(port)]
 
 
@@ -91,5 +97,10 @@ ALL = [
     Peer("nginx proxy_pass", _nginx, _nginx_missing),
     Peer("vllm-router", _vllm_router, _needs("vllm-router", "vllm-router==0.1.17")),
     Peer("sglang-router", _sglang_router, _needs("sglang-router", "sglang-router==0.3.2")),
-    Peer("litellm", _litellm, _needs("litellm", "litellm[proxy]==1.106.*"), {"LITELLM_LOG": "ERROR"}),
+    Peer(
+        "litellm",
+        _litellm,
+        _needs("litellm", "litellm[proxy]==1.106.*"),
+        {"LITELLM_LOG": "ERROR", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
+    ),
 ]

@@ -98,7 +98,7 @@ def test_a_client_that_leaves_frees_the_backend_and_pays_for_what_it_burnt(proxy
     (id_,) = set(truth(proxy)) - known
     receipt = until(lambda: (found := proxy.receipt(id_))["status"] == "settled" and found)
     assert receipt["outcome"] == "cancelled"
-    assert receipt["energy_joules"] > 20
+    assert receipt["energy_joules"] > 5  # of the 80 J that the device used meanwhile, less what is idle
 
 
 def test_tokens_of_the_steps_are_those_of_the_usage(proxy: Proxy) -> None:
