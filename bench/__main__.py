@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("attribution", "ledger", "step_reporter", "overhead")
+BENCHMARKS = ("attribution", "ledger", "accounting", "step_reporter", "overhead")
 TAKES_QUICK = {"attribution", "overhead"}
 
 

@@ -156,8 +156,15 @@ def drive(node: "Node | Idle", clock: Clock, load: Load) -> tuple[float, float]:
 
 
 def measure(load: Load) -> Cost:
-    clock = Clock()
+    clock, usual = Clock(), accounting.now
     accounting.now = clock
+    try:
+        return _measured(load, clock)
+    finally:
+        accounting.now = usual
+
+
+def _measured(load: Load, clock: Clock) -> Cost:
     harness, _ = drive(Idle(), clock, load)
     node = Node(clock)
     drive(node, clock, Load(round(load.rate), load.rate, load.in_flight))  # a second to warm up

@@ -120,9 +120,12 @@ class Ticket:
         self.tokens = tokens
         self.finished_at = now()
         self._accountant.end(self, outcome)
-        self.provisional = self.receipt()
+        told = self.receipt()
+        if told.figures is None and self._accountant.charge_now(self):
+            told = self.receipt()
+        self.provisional = told
         self._accountant.has_told(self)
-        return self.provisional
+        return told
 
     def take(self, share: Attribution) -> bool:
         """Note a settled attempt; True when the whole receipt is settled."""
@@ -228,6 +231,13 @@ class Accountant:
             if measurable is not None:
                 self._finished_since[attempt] = measurable
         self.apply(Finish(ticket.attempts[-1], ticket.finished_at or now(), outcome))
+
+    def charge_now(self, ticket: Ticket) -> bool:
+        """Charge the proxy's own work up to now: all there is of a request that its engine had no step for."""
+        if not ticket.measurable or HOST not in self._devices:
+            return False
+        self._charge_proxy()
+        return True
 
     def has_told(self, ticket: Ticket) -> None:
         """The client has its receipt; as long as that is all there is of it, it may have to be stored so."""

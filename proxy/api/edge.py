@@ -8,6 +8,7 @@ unforeseen into a well-formed error.
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxy.api.auth import Authenticator, Caller
 from proxy.errors import ApiError, Forbidden, InvalidRequest
 from proxy.relay.call import Headers, read_headers
+from proxy.relay.ids import new_id
 from proxy.relay.relay import Relay
 
 log = logging.getLogger("joulegate.api")
@@ -90,7 +92,7 @@ class Edge:
         if scope["type"] != "http":
             await self._pages(scope, receive, send)
             return
-        found = self.find(scope["raw_path"])
+        found, send = self.find(scope["raw_path"]), _with_id(send)
         try:
             headers = read_headers(scope["headers"])
             if scope["path"] not in _OPEN_PATHS:
@@ -150,6 +152,20 @@ class Edge:
         if not same and text not in self._origins:
             message = "Requests from this origin are not allowed; add it to server.cors_origins."
             raise Forbidden(message, code="origin_not_allowed")
+
+
+def _with_id(send: Send) -> Send:
+    """What OpenAI's API says on every answer. This id keys nothing: a page has no receipt."""
+    began = time.perf_counter()
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            milliseconds = max(1, round((time.perf_counter() - began) * 1000))
+            own = [(b"x-request-id", new_id().encode()), (b"openai-processing-ms", str(milliseconds).encode())]
+            message["headers"] = [*message.get("headers", ()), *own]
+        await send(message)
+
+    return sending
 
 
 def _as_get(scope: Scope) -> Scope:

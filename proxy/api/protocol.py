@@ -455,7 +455,7 @@ class RelayCycle:
         """Raises ApiError."""
         headers = self._headers = read_headers(self._raw)
         self._reply.client_request_id = headers.client_request_id
-        self._reply.extra = self._edge.cors_lines(headers)
+        self._reply.extra += self._edge.cors_lines(headers)
         self._key = self._edge.admit(headers, "1.1" if self.chunked else "1.0").name
         self._relay.check(headers)
         if self._size > self._relay.max_body_bytes:

@@ -14,7 +14,7 @@ from proxy.energy.cost_model import PROXY_PART, CostModels
 from proxy.energy.division import Division, Scene, divide, lengths_alone, priced_by_processes, scene_of
 from proxy.energy.events import Device, Sample
 from proxy.energy.idle import IdlePower, LastHour
-from proxy.energy.intervals import NO_TAIL, Doubts, Tail, intervals
+from proxy.energy.intervals import NO_TAIL, Doubts, Tail, interval
 from proxy.energy.lag import LagEstimate
 from proxy.energy.pending import TOKENS, Alone, Batch, Bools, Floats, Ints, PendingSteps, Steps
 from proxy.energy.quantities import Microjoules, Nanoseconds, Watts
@@ -26,6 +26,8 @@ from proxy.energy.timeline import Timeline, Window
 #: A device of which others used less than this counts as free of foreign processes when something is learnt.
 _NO_FOREIGN = 0.01
 _LARGE_BATCH = 64
+#: Of a step that is not told yet a request already under way has hardly more than so many equal parts.
+_BIG_SHARE = 4.0
 _MOST = float(1 << 62)
 #: Makes a share of bare integers: thousands of them a second are worth a detour around the units' names.
 _share: Callable[[int, int, int, int, int | None, int], DeviceShare] = cast(Any, DeviceShare)
@@ -237,28 +239,27 @@ class DeviceBook:
         """Nanoseconds of the span that no settled window covers."""
         return max(end - max(start, self.settled_until or NEVER), 0)
 
-    def provisional(self, request: Request, lost_ratio: float, silence: int) -> DeviceShare | None:
+    def provisional(self, request: Request, lost_ratio: float, silence: int, open_requests: int) -> DeviceShare | None:
         """What settled windows gave it, and what is predicted for the rest; None if it had no step here.
 
-        For `silence` nanoseconds its engine may have worked for it and not have told yet.
+        For `silence` nanoseconds its engine may have worked for it, among so many, and not have told yet.
         """
         unseen = self._glance(request)
         if silence:
-            untold = Tail(0.0, 0.0, self._models.most(silence))
+            untold = Tail(0.0, 0.0, self._models.most(silence) * min(_BIG_SHARE / open_requests, 1.0))
             unseen = untold if unseen is None and self.tallies.touched(request.slot) else unseen and unseen.plus(untold)
         if not self.tallies.touched(request.slot):
             return None if unseen is None else self._predicted_only(unseen)
         awaited = max(float(self.tallies.awaited[request.slot]), 0.0)
         length = int(self.tallies.last_end[request.slot] - self.tallies.first_start[request.slot])
         tail = self._models.tail(request.backend_index, awaited, length)
-        lost_ratios, slots = np.array([lost_ratio]), np.array([request.slot])
-        return self._shares(slots, lost_ratios, tail if unseen is None else tail.plus(unseen))[0]
+        return self._share_with_tail(request.slot, lost_ratio, tail if unseen is None else tail.plus(unseen))
 
     def shares(self, slots: Ints, lost_ratios: Floats) -> list[DeviceShare]:
         """What settled windows gave these requests, for good."""
         # What was predicted and no window ever measured is as good as lost.
         self.tallies.lost[slots] += np.maximum(self.tallies.awaited[slots], 0.0)
-        return self._shares(slots, lost_ratios, NO_TAIL)
+        return self._settled_shares(slots, lost_ratios)
 
     def nothing(self, silence: int, open_requests: int) -> DeviceShare:
         """The share of a request that had no step here, where steps are reported: 0, but for what is not told yet.
@@ -276,29 +277,38 @@ class DeviceBook:
         full = None if ratio is None else round(active * (1 + ratio))
         return _share(active, math.floor(low) if low > 0 else 0, high, active, full, active)
 
-    def _shares(self, slots: Ints, lost_ratios: Floats, tail: Tail) -> list[DeviceShare]:
-        rows = self.tallies.rows(slots)
-        active = rows.active + _whole(tail.energy)
-        low, high = intervals(
-            Doubts(
-                rows.active.astype(np.float64),
-                tail,
-                rows.noise,
-                rows.split,
-                rows.lost,
-                lost_ratios,
-                np.maximum(rows.last_end - rows.first_start, 1).astype(np.float64),
-                self._timeline.instant_error,
-            )
+    def _share_with_tail(self, slot: int, lost_ratio: float, tail: Tail) -> DeviceShare:
+        """Windows have measured a part of it."""
+        row, ratio = self.tallies.row(slot), self._hour.idle_ratio()
+        active = row.active + round(tail.energy)
+        edges = self._timeline.instant_error / max(row.last_end - row.first_start, self._timeline.instant_error, 1.0)
+        low, high = interval(
+            Doubts(float(row.active), max(row.noise, 0.0), row.split, row.lost, lost_ratio, edges), tail
         )
-        ratio = self._hour.idle_ratio()
+        full = None if ratio is None else round(active * (1 + ratio))
+        meanwhile = max(round(row.meanwhile + tail.energy), active)
+        marginal = max(active - round(row.idle_part), 0)
+        return _share(
+            active, min(max(math.floor(low), 0), active), max(math.ceil(high), active), marginal, full, meanwhile
+        )
+
+    def _settled_shares(self, slots: Ints, lost_ratios: Floats) -> list[DeviceShare]:
+        rows, ratio = self.tallies.rows(slots), self._hour.idle_ratio()
+        active = rows.active
+        edges = self._timeline.instant_error / np.maximum(
+            rows.last_end - rows.first_start, max(self._timeline.instant_error, 1.0)
+        )
+        noise = np.maximum(rows.noise, 0.0)
+        low, high = interval(
+            Doubts(active.astype(np.float64), noise, rows.split, rows.lost, lost_ratios, edges), NO_TAIL
+        )
         full = [None] * len(slots) if ratio is None else _whole(active * (1 + ratio)).tolist()
         columns = (
             active,
             np.minimum(_whole(np.floor(low)), active),
             np.maximum(_whole(np.ceil(high)), active),
             np.maximum(active - _whole(rows.idle_part), 0),
-            np.maximum(_whole(rows.meanwhile + tail.energy), active),
+            np.maximum(_whole(rows.meanwhile), active),
         )
         exact, lows, highs, marginal, meanwhile = (column.tolist() for column in columns)
         return list(map(_share, exact, lows, highs, marginal, full, meanwhile))
@@ -384,6 +394,7 @@ def _is_timed(steps: Steps) -> Bools:
     return timed
 
 
-def _whole(energy: "float | npt.NDArray[np.floating[Any]]") -> Ints:
+def _whole(energy: "npt.NDArray[np.floating[Any]]") -> Ints:
     """Rounded to whole microjoules, within what integers hold."""
-    return np.clip(np.rint(energy), 0, _MOST).astype(np.int64)
+    whole: Ints = np.clip(np.rint(energy), 0, _MOST).astype(np.int64)
+    return whole

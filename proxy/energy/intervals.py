@@ -10,9 +10,7 @@ The meter is taken to be right; its own error stands apart. What is left:
 - while provisional: the open tail is predicted; and reports that were lost may have told anything.
 """
 
-from typing import NamedTuple
-
-import numpy as np
+from typing import Generic, NamedTuple, TypeVar
 
 from proxy.energy.pending import Floats
 
@@ -38,17 +36,22 @@ class Tail(NamedTuple):
 NO_TAIL = Tail(0.0, 0.0, 0.0)
 
 
-class Doubts(NamedTuple):
-    """What may be wrong with some shares, one each: in microjoules (`noise` in their squares), and in nanoseconds."""
+#: One share's figure, or an array of several shares'.
+Amount = TypeVar("Amount", float, Floats)
 
-    active: Floats
-    tail: "Tail"
-    noise: Floats
-    split: Floats
-    lost: Floats
-    lost_ratio: Floats
-    work_length: Floats
-    instant_error: float
+
+class Doubts(NamedTuple, Generic[Amount]):
+    """What may be wrong with shares, in microjoules (`noise` in their squares).
+
+    `edges` is the part of a share that the uncertain instants at its two ends may move.
+    """
+
+    active: Amount
+    noise: Amount
+    split: Amount
+    lost: Amount
+    lost_ratio: Amount
+    edges: Amount
 
 
 def split_error(fit_error: float, windows: float) -> float:
@@ -71,11 +74,9 @@ def tail_of(energy: float, error: float) -> Tail:
     return Tail(energy, error * energy, error / (1 - error) * energy)
 
 
-def intervals(doubts: Doubts) -> tuple[Floats, Floats]:
-    """Low and high around each share and its tail."""
+def interval(doubts: Doubts[Amount], tail: Tail) -> tuple[Amount, Amount]:
+    """Low (it may be below 0) and high around a share and its tail; or around many."""
     known = doubts.active
-    edges = known * np.minimum(doubts.instant_error / doubts.work_length, 1.0)
-    half = NINE_TENTHS * np.sqrt(np.maximum(doubts.noise, 0.0) + edges**2) + doubts.split
-    half += doubts.lost_ratio * known
-    centre = known + doubts.tail.energy
-    return np.maximum(centre - half - doubts.tail.below, 0.0), centre + half + doubts.tail.above + doubts.lost
+    half = NINE_TENTHS * (doubts.noise + (known * doubts.edges) ** 2) ** 0.5 + doubts.split + doubts.lost_ratio * known
+    centre = known + tail.energy
+    return centre - half - tail.below, centre + half + tail.above + doubts.lost

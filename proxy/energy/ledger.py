@@ -419,7 +419,7 @@ class Ledger:
         unmeasured: tuple[str, ...] = ()
         for name, book in self._devices.items():
             silence = book.unsettled(told_until, until) if name in known_idle else 0
-            share = book.provisional(request, lost_ratio, silence)
+            share = book.provisional(request, lost_ratio, silence, len(backend.open) + 1)
             if share is None:
                 if name in known_idle:
                     shares[name] = book.nothing(silence, len(backend.open) + 1)

@@ -121,12 +121,17 @@ NO_STEPS = Steps(
 )  # fmt: skip
 
 
+#: With so many participants pending, the steps that are nobody's are merged.
+_MOST_ENTRIES = 200_000
+
+
 class PendingSteps:
     """Keeps steps as they come, and turns them into arrays only when somebody looks."""
 
     def __init__(self) -> None:
         self.steps = NO_STEPS
         """All that have joined and were not dropped."""
+        self._merge_at = _MOST_ENTRIES
         self._alone: list[Alone] = []
         self._alone_of: dict[int, list[Alone]] = {}
         self.batches: list[Batch] = []
@@ -172,6 +177,30 @@ class PendingSteps:
         """Give what is left of the work of the slots that are `gone` (by slot) to another account."""
         slot = self.steps.slot
         slot[gone[slot]] = heir
+        if len(slot) > self._merge_at:
+            self._merge(heir)
+            self._merge_at = max(_MOST_ENTRIES, 2 * len(self.steps.slot))
+
+    def _merge(self, heir: int) -> None:
+        """Make one step for each backend of those that are the heir's alone.
+
+        While a meter is silent no window consumes steps; what is kept must grow with the open requests, not with time.
+        """
+        steps = self.steps
+        theirs = steps.per_step((steps.slot != heir).astype(np.float64)) == 0
+        self.steps = _joined(_one_for_each_backend(steps.where(theirs), heir), steps.where(~theirs))
+
+
+def _one_for_each_backend(steps: Steps, heir: int) -> Steps:
+    """From the first start to the last end, of unknown work: priced by time, and nothing is learnt from it."""
+    backends = np.unique(steps.backend)
+    if not len(backends):
+        return NO_STEPS
+    started = [steps.started[steps.backend == backend].min() for backend in backends]
+    ended = [steps.ended[steps.backend == backend].max() for backend in backends]
+    ones, each = np.ones(len(backends)), np.arange(len(backends))
+    slots, unknown = np.full(len(backends), heir, dtype=np.int64), np.zeros(len(backends))
+    return _steps(backends, _ints(started), _ints(ended), ones, each, ones, slots, unknown, unknown)
 
 
 def _steps_alone(steps: list[Alone]) -> Steps:

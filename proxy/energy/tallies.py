@@ -8,6 +8,20 @@ from proxy.energy.pending import Floats, Ints
 from proxy.energy.registry import FOREVER, NEVER, grown
 
 
+class Row(NamedTuple):
+    """One row of the columns below."""
+
+    active: int
+    first_start: int
+    last_end: int
+    idle_part: float
+    meanwhile: float
+    split: float
+    noise: float
+    awaited: float
+    lost: float
+
+
 class Rows(NamedTuple):
     """Some rows of the columns below, column-wise."""
 
@@ -57,6 +71,11 @@ class Tallies:
     def clear(self, slots: Ints) -> None:
         self.active[slots], self.first_start[slots], self.last_end[slots] = 0, FOREVER, NEVER
         self._floats[:, slots] = 0.0
+
+    def row(self, slot: int) -> Row:
+        """One request's figures."""
+        floats = self._floats[: len(Row._fields) - 3, slot].tolist()
+        return Row(int(self.active[slot]), int(self.first_start[slot]), int(self.last_end[slot]), *floats)
 
     def rows(self, slots: Ints) -> Rows:
         """These requests' figures."""

@@ -23,7 +23,7 @@ from proxy.relay.dialects import RESPONSES, Timings, read_json_answer
 from proxy.relay.dialects import Answer as Told
 from proxy.relay.forwarding import Forwarding
 from proxy.relay.observe import Observation
-from proxy.relay.reply import Lines, Reply, passed_back
+from proxy.relay.reply import Lines, Reply, passed_back, processing
 from proxy.relay.services import Services
 from proxy.relay.sift import Sifter
 from proxy.relay.translations import JSON
@@ -319,11 +319,9 @@ class Exchange:
 
     def _processing(self) -> Lines:
         """How long it took the backend to answer, and how many more requests its model takes."""
-        milliseconds = (time.perf_counter() - self._began) * 1000
-        rates = (
-            "" if self._gate is None else "".join(f"{name}: {text}\r\n" for name, text in self._gate.rates().items())
-        )
-        return b"openai-processing-ms: %d\r\n%b" % (max(1, round(milliseconds)), rates.encode())
+        rates = {} if self._gate is None else self._gate.rates()
+        limits = "".join(f"{name}: {text}\r\n" for name, text in rates.items())
+        return processing(time.perf_counter() - self._began) + limits.encode()
 
     async def _stream(self, answer: Answer) -> None:
         forwarding = self._forwarding or self._open_stream(answer.status, self._passed(answer))

@@ -1,17 +1,17 @@
 """The data path's way in: a request that has arrived is read, its model found, and an exchange carried out for it."""
 
 import logging
-import secrets
 import time
-from collections.abc import Iterator
 
 from proxy.energy.receipt import Request
 from proxy.errors import ApiError
 from proxy.relay.affinity import affinity_of
 from proxy.relay.call import Call, Headers, Inbound, check_headers, read_call
+from proxy.relay.dialects import ANTHROPIC
 from proxy.relay.endpoints import MODERATIONS, Endpoint
 from proxy.relay.exchange import CLIENT_CLOSED, Exchange
-from proxy.relay.reply import Reply, Wire
+from proxy.relay.ids import new_id
+from proxy.relay.reply import Reply, Wire, processing
 from proxy.relay.services import Services
 
 log = logging.getLogger("joulegate.relay")
@@ -19,19 +19,6 @@ log = logging.getLogger("joulegate.relay")
 _OPENAI_MODERATORS = ("omni-moderation", "text-moderation")
 #: The label of a request whose model nobody knows.
 _UNKNOWN = "unknown"
-_ID_BYTES = 16
-_IDS_DRAWN = 64
-
-
-def _new_ids() -> Iterator[str]:
-    """Ids of 128 random bits; the kernel is asked for many at a time."""
-    while True:
-        drawn = secrets.token_hex(_ID_BYTES * _IDS_DRAWN)
-        for at in range(0, len(drawn), 2 * _ID_BYTES):
-            yield drawn[at : at + 2 * _ID_BYTES]
-
-
-_ids = _new_ids()
 
 
 class Relay:
@@ -47,7 +34,10 @@ class Relay:
 
     def reply(self, wire: Wire) -> Reply:
         """An answer to begin, with the id of its request."""
-        return Reply(wire, next(_ids))
+        reply = Reply(wire, new_id())
+        if self._endpoint.dialect is ANTHROPIC:
+            reply.extra = b"request-id: %b\r\n" % reply.id.encode()  # what its clients look for
+        return reply
 
     def envelope(self, error: ApiError) -> bytes:
         """The body of an error's answer in the endpoint's API."""
@@ -59,7 +49,7 @@ class Relay:
 
     def refuse(self, reply: Reply, error: ApiError, *, model: str = _UNKNOWN, seconds: float = 0.0) -> None:
         """Answer with an error that no backend has had a part in."""
-        reply.error(error, b"", self.envelope(error))
+        reply.error(error, processing(seconds), self.envelope(error))
         self._services.observer.request_finished(model, self._endpoint.path, error.status, seconds)
 
     def gone(self, seconds: float = 0.0) -> None:

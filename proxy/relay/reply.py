@@ -94,6 +94,11 @@ def passed_back(headers: Iterable[tuple[bytes, bytes]], *, but: Collection[bytes
     return lines
 
 
+def processing(seconds: float) -> Lines:
+    """How long it took, as OpenAI says it."""
+    return b"openai-processing-ms: %d\r\n" % max(1, round(seconds * 1000))
+
+
 class Reply:
     """The answer under way. `status` is 0 until its head has gone out; `extra` goes into its head as well."""
 

@@ -61,7 +61,7 @@ class ReceiptStore:
         url: str,
         encode: Callable[[Receipt], bytes],
         *,
-        flush_seconds: float = 0.5,
+        flush_seconds: float = 0.25,
         capacity: int = 20_000,
     ) -> None:
         self._encode = encode

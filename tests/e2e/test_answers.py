@@ -152,3 +152,17 @@ def fake_requests(proxy: Proxy, model: str) -> list[dict[str, Any]]:
     url = proxy.node.registry.states[model].url
     found: list[dict[str, Any]] = httpx.get(f"{url}/fake/requests").json()
     return found
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/nobody", "/v1/nothing", "/v1/chat/completions", "/health"])
+def test_every_answer_has_an_id_and_a_time_whatever_it_is(proxy: Proxy, path: str) -> None:
+    one, other = proxy.client.get(path), proxy.client.get(path)
+    assert re.fullmatch("[0-9a-f]{32}", one.headers["X-Request-Id"])
+    assert one.headers["X-Request-Id"] != other.headers["X-Request-Id"]
+    assert int(one.headers["openai-processing-ms"]) >= 1
+
+
+def test_anthropics_clients_find_the_id_by_its_own_name(proxy: Proxy) -> None:
+    for body in ({"model": "chat", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}, {}):
+        answer = proxy.post("/v1/messages", body)
+        assert answer.headers["request-id"] == answer.headers["X-Request-Id"]

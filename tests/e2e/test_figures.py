@@ -165,14 +165,7 @@ def check_settled(proxy: Proxy, id_: str, case: Case) -> dict[str, Any]:
     return receipt
 
 
-NO_STEPS = pytest.mark.xfail(reason="what no step was reported of is told as if there were no meter")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=NO_STEPS if case.task == "tokenization" else ()) for case in PLAIN],
-    ids=named(PLAIN),
-)
+@pytest.mark.parametrize("case", PLAIN, ids=named(PLAIN))
 def test_a_plain_answers_figures_fit_together(proxy: Proxy, case: Case) -> None:
     answer = ask(proxy, case)
     settled = check_settled(proxy, answer.headers["X-Request-Id"], case)

@@ -1,5 +1,7 @@
 """What the ledger does with small histories whose answer is plain."""
 
+import tracemalloc
+
 import pytest
 
 from proxy.energy.attribution import Attribution
@@ -470,3 +472,27 @@ def test_a_backend_that_waits_in_silence_is_given_up_after_thirty_seconds_and_is
     balance = ledger.devices()[0]
     assert balance.idle == (59 - 30) * 100 * JOULE
     assert balance.pending == 30 * 100 * JOULE
+
+
+def test_while_a_meter_is_silent_what_is_kept_does_not_grow_with_time() -> None:
+    ledger = told(Ledger(known_only=True), GPU, *(sample("gpu:0", i / 2, i * 50.0) for i in range(5)))
+    sizes, batch, count = [], 64, 0
+    tracemalloc.start()
+    for second in range(2, 182):
+        names = [f"r{count + i}" for i in range(batch)]
+        count += batch
+        told(ledger, *(start(name, second) for name in names))
+        for part in range(100):
+            begun = second + part / 100
+            told(ledger, step(begun, begun + 0.01, dict.fromkeys(names, 1)))
+        told(ledger, *(finish(name, second + 1) for name in names))
+        ledger.advance(at(second + 1))
+        ledger.drain()
+        sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert max(sizes[120:]) < 1.25 * max(sizes[60:120])
+    told(ledger, sample("gpu:0", 182, 20_000), sample("gpu:0", 182.5, 20_050))
+    ledger.close()
+    [balance] = ledger.devices()
+    assert balance.residual == 0
+    assert balance.unattributed > 0.5 * balance.counter
