@@ -320,8 +320,8 @@ class Exchange:
     def _processing(self) -> Lines:
         """How long it took the backend to answer, and how many more requests its model takes."""
         rates = {} if self._gate is None else self._gate.rates()
-        told = "".join(f"{name}: {text}\r\n" for name, text in rates.items()).encode() if rates else b""
-        return processing(time.perf_counter() - self._began) + told
+        limits = "".join(f"{name}: {text}\r\n" for name, text in rates.items())
+        return processing(time.perf_counter() - self._began) + limits.encode()
 
     async def _stream(self, answer: Answer) -> None:
         forwarding = self._forwarding or self._open_stream(answer.status, self._passed(answer))

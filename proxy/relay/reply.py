@@ -13,7 +13,7 @@ Lines = bytes
 _DROPPED = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
     b"content-length content-encoding date server set-cookie set-cookie2 x-request-id x-client-request-id link "
-    b"openai-processing-ms".split()
+    b"request-id openai-processing-ms".split()
 )
 _DROPPED_BEGINNINGS = (b"x-energy", b"x-carbon", b"carbon-", b"access-control-")
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}

@@ -141,3 +141,13 @@ def test_a_remotes_rate_limits_give_way_to_ours(tmp_path: Path) -> None:
             headers = proxy.post("/v1/chat/completions", CHAT).headers
             assert headers.get_list("x-ratelimit-limit-requests") == ["5"]
             assert headers.get_list("x-ratelimit-limit-tokens") == ["7"]
+
+
+def test_a_remotes_own_request_id_stays_behind(tmp_path: Path) -> None:
+    body = b'{"type": "message", "content": []}'
+    with (
+        server(body, Content_Type="application/json", Request_Id="req_theirs") as (url, _),
+        running(tmp_path, models=[remote(url)]) as proxy,
+    ):
+        headers = proxy.post("/v1/messages", {**CHAT, "max_tokens": 5}).headers
+        assert headers.get_list("request-id") == [headers["x-request-id"]]
