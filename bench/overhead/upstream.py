@@ -103,12 +103,13 @@ class StreamingUpstream:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(_length(head))
-                await (self._stream(writer) if head.startswith(b"POST") else self._fine(writer))
+                body = await reader.readexactly(_length(head))
+                await (self._stream(writer) if b'"stream"' in body else self._whole(writer, head))
         writer.close()
 
-    async def _fine(self, writer: asyncio.StreamWriter) -> None:
-        body = b'{"object":"list","data":[{"id":"chat","object":"model"}]}'
+    async def _whole(self, writer: asyncio.StreamWriter, head: bytes) -> None:
+        models = b'{"object":"list","data":[{"id":"chat","object":"model"}]}'
+        body = json.dumps(COMPLETION).encode() if head.startswith(b"POST") else models
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
