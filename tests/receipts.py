@@ -1,7 +1,11 @@
 """Receipts to test with: the design's example, and variations of it."""
 
+import json
+from typing import Any
+
 from msgspec import structs
 
+from proxy.api.receipts import encode_receipt
 from proxy.energy.carbon import Intensity
 from proxy.energy.quantities import Grams, GramsPerKilowattHour, Microjoules, Seconds
 from proxy.energy.receipt import Figures, Parts, Receipt, Request, Status, Tokens
@@ -60,3 +64,9 @@ def receipt(
         status=status,
         figures=structs.replace(base.figures, parts=structs.replace(base.figures.parts, gpu=Microjoules(gpu))),
     )
+
+
+def receipt_object(receipt: Receipt) -> dict[str, Any]:
+    """The `energy` object as a client reads it."""
+    found: dict[str, Any] = json.loads(encode_receipt(receipt))
+    return found

@@ -6,7 +6,6 @@ significant digits, so that no float noise shows. Headers carry fixed-point deci
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import msgspec
 
@@ -100,12 +99,6 @@ def _grid(intensity: Intensity) -> str:
         "age_seconds": intensity.age_seconds,
     }
     return _quoted(told)[1:-1].decode()
-
-
-def receipt_object(receipt: Receipt) -> dict[str, Any]:
-    """The `energy` object; without figures (no meter, or not known yet) every figure in it is None."""
-    found: dict[str, Any] = msgspec.json.decode(encode_receipt(receipt))
-    return found
 
 
 def receipt_headers(receipt: Receipt) -> bytes:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.api.receipts import encode_receipt, receipt_object
+from proxy.api.receipts import encode_receipt
 from proxy.store.receipts import ReceiptStore, StoreUnavailable
-from tests.receipts import example, receipt, unavailable
+from tests.receipts import example, receipt, receipt_object, unavailable
 from tests.store.postgresql import postgresql_url
 
 DEADLINE = 15.0
