@@ -17,8 +17,8 @@ import pytest
 from backends import supervisor
 from backends.kinds import kind_of
 from backends.spec import BackendKind
-from tests.e2e.harness import stand_ins
-from tests.engines.engines import Engines, model, serving, started_by_hand, with_plugin
+from tests.e2e.harness import stand_ins, until
+from tests.engines.engines import STARTUP_SECONDS, Engines, model, serving, started_by_hand, with_plugin
 from tests.engines.environment import tiny_models
 from tests.engines.unhooked import unhooked_python
 from tests.nvml.fixtures import nvml_library
@@ -146,6 +146,7 @@ def broken(stage: Stage, gpus: NvmlStub, tmp_path_factory: pytest.TempPathFactor
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("backends.supervisor.NVIDIA_GPUS", folder / "gpus")
             with serving(folder, gpus, served, kinds=kinds, ready=False) as engines:
+                until(lambda: "well" not in engines.proxy.client.get("/ready").json()["missing"], STARTUP_SECONDS)
                 yield engines
 
     return stage.show("broken", start)
