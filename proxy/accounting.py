@@ -45,6 +45,8 @@ _SILENT = Nanoseconds(5_000_000_000)
 #: A receipt still provisional after this long is stored as such, so that a crash loses little more than a second of
 #: them. Most settle before: windows of the host wait up to half a second for news of who used it.
 _STORE_PROVISIONAL_AFTER = Nanoseconds(750_000_000)
+#: Hundreds may settle with one window: between so many of them requests are served.
+_SETTLED_AT_A_TIME = 24
 
 
 #: What is known of the costs of all backends, or of one, on a device.
@@ -171,7 +173,8 @@ class Accountant:
     """All events go through here, to the ledger and to the recording; settled shares come out as receipts.
 
     `places` says on which metered devices a backend's steps run (its accelerators, and the host for a local one); it
-    may change meanwhile.
+    may change meanwhile. `later` (the event loop's `call_soon`) has requests served while many settle; without it they
+    settle at once.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Accountant:
         sinks: Sequence[ReceiptSink] = (),
         record: Callable[[Sequence[Event]], None] | None = None,
         recall: Recall | None = None,
+        later: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         self._ledger = ledger
         self.terms = terms
@@ -189,6 +193,8 @@ class Accountant:
         self._sinks = sinks
         self._record = record
         self._recall = recall
+        self._later = later
+        self._settling = False  # the rest of what has settled is to come
         self._devices: dict[str, Device] = dict(terms.devices)
         self._sampled: dict[str, Nanoseconds] = {}  # by device, when its meter was last read
         self.silent_meters: frozenset[str] = frozenset()
@@ -305,7 +311,9 @@ class Accountant:
                 self._sampled[event.device] = event.at
             self.apply(event)
         self._advance()
-        self._settle()
+        if not self._settling:
+            self._settle_some()
+        self._store_the_slow()
 
     def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
         """Take step reports of a backend; participants whose id is not ours become unattributed in the ledger."""
@@ -373,7 +381,8 @@ class Accountant:
         """The end: settle everything with what was measured."""
         self._charge_proxy()
         self._ledger.close()
-        self._settle()
+        self._later = None
+        self._settle_some()
 
     # within
 
@@ -428,12 +437,17 @@ class Accountant:
         ones = [1] * len(ids)
         self.apply(Step(PROXY, (HOST,), started, self._proxy_until, ids, ones, [0] * len(ids), "relay"))
 
-    def _settle(self) -> None:
-        for share in self._ledger.drain():
+    def _settle_some(self) -> None:
+        """Hand out what has settled; the rest, where there is more, after whatever else is to be done by now."""
+        self._settling = False
+        shares = self._ledger.drain(None if self._later is None else _SETTLED_AT_A_TIME)
+        for share in shares:
             ticket = self._tickets.pop(share.request, None)
             if ticket is not None and ticket.take(share):
                 self._complete(ticket)
-        self._store_the_slow()
+        if self._later is not None and len(shares) == _SETTLED_AT_A_TIME:
+            self._settling = True
+            self._later(self._settle_some)
 
     def _complete(self, ticket: Ticket) -> None:
         final = ticket.receipt()

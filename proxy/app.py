@@ -251,6 +251,7 @@ class Node:
             sinks=[sink],
             record=self._recorder.record if self._recorder else None,
             recall=learnt.recall,
+            later=asyncio.get_running_loop().call_soon,
         )
         stack.callback(accountant.close)
         stack.callback(lambda: learnt.keep(accountant.ledger.models()))

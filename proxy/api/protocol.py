@@ -24,7 +24,7 @@ from proxy.api.edge import Edge
 from proxy.errors import ApiError, BodyTooLarge, InvalidRequest
 from proxy.relay.call import Headers, Inbound, read_headers
 from proxy.relay.relay import Relay
-from proxy.relay.reply import JSON_LINES, Lines, Source, status_line
+from proxy.relay.reply import JSON_LINES, Lines, Reply, Source, status_line
 
 HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
@@ -339,7 +339,8 @@ class RelayCycle:
         self._started = False
         self._source: Source | None = None
         self._task: asyncio.Task[None] | None = None
-        self._reply = relay.reply(self)
+        self._reply: Reply | None = relay.reply(self)
+        """Let go of when it has been given: each holds the other, which only the garbage collector would undo."""
         self.chunked = parser.get_http_version() != "1.0"
         self.keep_alive = self.chunked and parser.should_keep_alive() and not parser.should_upgrade()
         self.more_body = True
@@ -350,7 +351,7 @@ class RelayCycle:
     @property
     def response_started(self) -> bool:
         """Whether anything of an answer has gone out."""
-        return self._reply.status != 0
+        return self._reply is None or self._reply.status != 0
 
     # what uvicorn and the connection tell
 
@@ -424,7 +425,7 @@ class RelayCycle:
 
     def done(self) -> None:
         self.response_complete = True
-        self._source = None
+        self._source = self._reply = None
         if not self.keep_alive:
             self._protocol.transport.close()
         self._protocol.on_response_complete()
@@ -449,13 +450,16 @@ class RelayCycle:
         self._body.clear()
         if self._expects:
             self.keep_alive = False  # nobody knows whether the client will send its body now
+        assert self._reply is not None
         self._relay.refuse(self._reply, error)
 
     def _admit(self) -> None:
         """Raises ApiError."""
+        reply = self._reply
+        assert reply is not None
         headers = self._headers = read_headers(self._raw)
-        self._reply.client_request_id = headers.client_request_id
-        self._reply.extra += self._edge.cors_lines(headers)
+        reply.client_request_id = headers.client_request_id
+        reply.extra += self._edge.cors_lines(headers)
         self._key = self._edge.admit(headers, "1.1" if self.chunked else "1.0").name
         self._relay.check(headers)
         if self._size > self._relay.max_body_bytes:
@@ -468,18 +472,19 @@ class RelayCycle:
         self._body = [whole]
 
     def _run(self) -> None:
-        assert self._headers is not None
+        assert self._headers is not None and self._reply is not None
         only = self._body[0] if len(self._body) == 1 else None
         body = only if isinstance(only, bytes) else b"".join(self._body)
         self._body = []
         asked = Inbound(self._headers, body, self._key, self._model)
-        task = self._task = self._protocol.loop.create_task(self._serve(asked))
+        task = self._task = self._protocol.loop.create_task(self._serve(asked, self._reply))
         self._protocol.tasks.add(task)  # uvicorn waits for these when it ends
 
-    async def _serve(self, asked: Inbound) -> None:
+    async def _serve(self, asked: Inbound, reply: Reply) -> None:
         try:
-            await self._relay.serve(asked, self._reply)
+            await self._relay.serve(asked, reply)
         finally:
+            self._reply = None
             if self._task is not None:
                 self._protocol.tasks.discard(self._task)
                 self._task = None

@@ -467,9 +467,10 @@ class Ledger:
             return "measured-window"
         return METHODS[request.rank or (_RANK["measured-tokens"] if backend.relayed else 0)]
 
-    def drain(self) -> list[Attribution]:
-        """The attributions settled since the last call, in the order they settled."""
-        settled, self._settled = self._settled, []
+    def drain(self, most: int | None = None) -> list[Attribution]:
+        """The attributions that have settled and were not drained yet, in that order: all of them, or `most`."""
+        settled = self._settled[:most]
+        self._settled = self._settled[len(settled) :]
         return settled
 
     def devices(self) -> list[DeviceBalance]:

@@ -16,15 +16,14 @@ class Forwarding:
     `on_first` is called once, at the first event that carries data, and says who observes the stream, if anybody does.
     """
 
-    __slots__ = ("_begun", "_cutter", "_observation", "_on_first", "_reply", "_sifter", "last")
+    __slots__ = ("_cutter", "_observation", "_on_first", "_reply", "_sifter", "last")
 
     def __init__(self, reply: Reply, sifter: Sifter, on_first: Callable[[], Observation | None]) -> None:
         self._reply = reply
         self._sifter = sifter
-        self._on_first = on_first
+        self._on_first: Callable[[], Observation | None] | None = on_first
         self._observation: Observation | None = None
         self._cutter = sse.EventCutter()
-        self._begun = False
         self.last = time.monotonic()
 
     def take(self, data: bytes) -> None:
@@ -32,11 +31,12 @@ class Forwarding:
         run = self._cutter.feed(data)
         if not run:
             return
-        if not self._begun and sse.count_data(run):
-            self._begun = True
-            self._observation = self._on_first()
+        count = sse.count_data(run)
+        if self._on_first is not None and count:
+            on_first, self._on_first = self._on_first, None
+            self._observation = on_first()
         if self._observation is not None:
-            self._observation.events(sse.count_data(run), now())
+            self._observation.events(count, now())
         self._send(self._sifter.sift(run))
 
     def finish(self) -> None:
