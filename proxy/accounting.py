@@ -463,10 +463,10 @@ class Accountant:
 
     def _store_the_slow(self) -> None:
         """Those that take longer to settle are stored as the client was told, in the order they ended."""
-        horizon = now() - _STORE_PROVISIONAL_AFTER
-        while self._told and self._told[0][0] < horizon:
-            _, ticket = self._told.popleft()
-            if ticket.provisional is not None and ticket.request.id in self._unsettled:
+        told, unsettled, horizon = self._told, self._unsettled, now() - _STORE_PROVISIONAL_AFTER
+        while told and told[0][0] < horizon:
+            _, ticket = told.popleft()
+            if ticket.provisional is not None and ticket.request.id in unsettled:
                 for sink in self._sinks:
                     sink.still_provisional(ticket.provisional)
 

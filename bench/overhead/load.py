@@ -6,7 +6,8 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ _LUA = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer sk-none"
+{headers}
 wrk.body = [==[{body}]==]
 done = function(summary, latency, requests)
   io.write(string.format("RESULT %d %d %d %d %d %d\\n", summary.requests, summary.duration, latency:percentile(50),
@@ -56,10 +58,21 @@ def memory(root: psutil.Process) -> int:
     return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
 
 
-def wrk(url: str, connections: int, seconds: float, cpu: int | None, watched: psutil.Process | None) -> Load:
+@dataclass(frozen=True)
+class Target:
+    """What is loaded: where it listens, its process (None: it is not watched), and headers that it wants."""
+
+    url: str
+    process: psutil.Process | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def wrk(target: Target, connections: int, seconds: float, cpu: int | None) -> Load:
     """Plain requests over `connections` connections, by one thread of wrk."""
+    watched = target.process
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(_LUA.replace("{body}", BODY))
+        headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in target.headers.items())
+        script.write(_LUA.replace("{headers}", headers).replace("{body}", BODY))
         script.flush()
         pinned = [] if cpu is None else ["taskset", "-c", str(cpu)]
         command = [
@@ -69,7 +82,7 @@ def wrk(url: str, connections: int, seconds: float, cpu: int | None, watched: ps
             f"-d{seconds:.0f}s",
             "-s",
             script.name,
-            f"{url}/v1/chat/completions",
+            f"{target.url}/v1/chat/completions",
         ]
         before = cpu_seconds(watched) if watched else 0.0
         shown = subprocess.run([*pinned, *command], capture_output=True, text=True, check=True).stdout
@@ -93,30 +106,37 @@ class StreamLoad:
         return self.chunks / self.cpu_seconds if self.cpu_seconds else float("nan")
 
 
-def streams(url: str, connections: int, seconds: float, watched: psutil.Process | None) -> StreamLoad:
-    """Streamed requests, one after the other on each of `connections` connections, by an asyncio client."""
+def streams(target: Target, connections: int, seconds: float, spread: float) -> StreamLoad:
+    """Streamed requests, one after the other on each of `connections` connections, by an asyncio client.
+
+    The connections begin at times spread over `spread` seconds: with 0 all streams begin, and send, together.
+    """
+    watched = target.process
     before = cpu_seconds(watched) if watched else 0.0
-    chunks, firsts = asyncio.run(_streams(url, connections, seconds))
+    chunks, firsts = asyncio.run(_streams(target, connections, seconds, spread))
     used = cpu_seconds(watched) - before if watched else 0.0
     firsts.sort()
     return StreamLoad(chunks, used, firsts[len(firsts) // 2] if firsts else float("nan"))
 
 
-async def _streams(url: str, connections: int, seconds: float) -> tuple[int, list[float]]:
-    host, port = url.removeprefix("http://").split(":")
+async def _streams(target: Target, connections: int, seconds: float, spread: float) -> tuple[int, list[float]]:
     until = time.perf_counter() + seconds
     firsts: list[float] = []
-    counts = await asyncio.gather(*(_one_connection(host, int(port), until, firsts) for _ in range(connections)))
+    delays = [spread * number / connections for number in range(connections)]
+    counts = await asyncio.gather(*(_one_connection(target, delay, until, firsts) for delay in delays))
     return sum(counts), firsts
 
 
-async def _one_connection(host: str, port: int, until: float, firsts: list[float]) -> int:
+async def _one_connection(target: Target, delay: float, until: float, firsts: list[float]) -> int:
+    await asyncio.sleep(delay)
+    host, port = target.url.removeprefix("http://").split(":")
     body = json.dumps({**json.loads(BODY), "stream": True}).encode()
+    own = "".join(f"{name}: {value}\r\n" for name, value in target.headers.items())
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer sk-none\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer sk-none\r\n{own}Content-Length: {len(body)}\r\n\r\n"
     ).encode()
-    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
     chunks = 0
     while time.perf_counter() < until:
         began = time.perf_counter()
@@ -137,13 +157,16 @@ async def _chunk(reader: asyncio.StreamReader) -> bytes:
     return (await reader.readexactly(size + 2))[:-2]
 
 
-def wait_until_serving(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90.0) -> None:
+def wait_until_serving(target: Target, process: subprocess.Popen[bytes], log: Path, seconds: float = 90.0) -> None:
     """Until a chat request is answered; raises RuntimeError with the end of its log if it does not come up."""
     deadline = time.monotonic() + seconds
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-none"}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-none", **target.headers}
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.post(f"{url}/v1/chat/completions", content=BODY, headers=headers, timeout=5).status_code == 200:
+            if (
+                httpx.post(f"{target.url}/v1/chat/completions", content=BODY, headers=headers, timeout=5).status_code
+                == 200
+            ):
                 return
         except httpx.TransportError:
             pass

@@ -103,8 +103,9 @@ class StreamingUpstream:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(_length(head))
-                await (self._stream(writer) if b'"stream"' in body else self._whole(writer, head))
+                body = await _body(reader, head)
+                streamed = b'"stream":true' in body.replace(b" ", b"")
+                await (self._stream(writer) if streamed else self._whole(writer, head))
         writer.close()
 
     async def _whole(self, writer: asyncio.StreamWriter, head: bytes) -> None:
@@ -128,9 +129,12 @@ def _framed(text: str) -> bytes:
     return b"%x\r\n%s\r\n" % (len(text), text.encode())
 
 
-def _length(head: bytes) -> int:
-    for line in head.split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        if name.lower() == b"content-length":
-            return int(value)
-    return 0
+async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+    if fields.get(b"transfer-encoding") != b"chunked":
+        return await reader.readexactly(int(fields.get(b"content-length", 0)))
+    body = b""
+    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readexactly(2)
+    return body

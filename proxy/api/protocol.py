@@ -472,7 +472,8 @@ class RelayCycle:
         self._body = [whole]
 
     def _run(self) -> None:
-        assert self._headers is not None and self._reply is not None
+        assert self._headers is not None
+        assert self._reply is not None
         only = self._body[0] if len(self._body) == 1 else None
         body = only if isinstance(only, bytes) else b"".join(self._body)
         self._body = []

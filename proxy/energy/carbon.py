@@ -1,6 +1,6 @@
 """From energy to grams of CO2e and to everyday equivalents: pure arithmetic over stated sources."""
 
-from dataclasses import dataclass
+import msgspec
 
 from proxy.energy.quantities import JOULES_PER_KILOWATT_HOUR, Grams, GramsPerKilowattHour, Joules
 
@@ -11,8 +11,7 @@ CAR_GRAMS_PER_METRE = 388.8 / 1609.344
 WEB_SEARCH_2009_KWH = 0.0003
 
 
-@dataclass(frozen=True, slots=True)
-class Intensity:
+class Intensity(msgspec.Struct, frozen=True, gc=False):
     """The carbon intensity of a grid: `zone` (ISO code or WORLD), where the figure is from and what time it is for.
 
     `age_seconds` is known for live sources only.
@@ -25,8 +24,7 @@ class Intensity:
     age_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Equivalents:
+class Equivalents(msgspec.Struct, frozen=True, gc=False):
     """`web_searches_2009` is by Google's figure of that year; `car_metres` by the EPA's average passenger car."""
 
     smartphone_charges: float

@@ -1,7 +1,9 @@
 """Receipts kept: written in batches behind the data path, read by id or page by page."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -16,6 +18,7 @@ from proxy.store.schema import receipts
 from proxy.store.writer import StoreHealth, Writer
 
 MAXIMUM_PAGE = 1000
+_ROWS_AT_A_TIME, _PAUSE_SECONDS = 40, 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +143,14 @@ class ReceiptStore:
             raise self._database.unavailable(error) from error
 
     def _upsert(self, connection: Connection, batch: Iterable[Receipt]) -> None:
-        """In the driver's own words: to compile a statement's parameters for each row would be most of the cost."""
-        connection.exec_driver_sql(_UPSERT[connection.dialect.name], [self._row(receipt) for receipt in batch])
+        """In the driver's own words: to compile a statement's parameters for each row would be most of the cost.
+
+        A few rows at a time: this thread and the event loop's may have but one processor, and requests go first.
+        """
+        statement, left = _UPSERT[connection.dialect.name], iter(batch)
+        while some := [self._row(receipt) for receipt in islice(left, _ROWS_AT_A_TIME)]:
+            connection.exec_driver_sql(statement, some)
+            time.sleep(_PAUSE_SECONDS)
 
     @staticmethod
     def _row(receipt: Receipt) -> tuple[Any, ...]:

@@ -1,6 +1,5 @@
 """What clients read of a receipt: the object of the design, and the headers' table to the letter."""
 
-import dataclasses
 import json
 import re
 
@@ -121,7 +120,7 @@ def test_the_head_of_a_stream_without_a_meter_says_unavailable() -> None:
 
 
 def test_a_live_intensity_carries_its_age() -> None:
-    live = dataclasses.replace(FRANCE, source="electricitymaps", as_of="2026-11-23T20:00Z", age_seconds=5400.4)
+    live = structs.replace(FRANCE, source="electricitymaps", as_of="2026-11-23T20:00Z", age_seconds=5400.4)
     headers = parsed(receipt_headers(structs.replace(example(), intensity=live)))
     assert headers[b"x-carbon-intensity"] == b"56.0;zone=FRA;source=electricitymaps;as_of=2026-11-23T20:00Z;age=5400"
 
