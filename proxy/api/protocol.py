@@ -31,6 +31,8 @@ HEAD_SECONDS = 30.0
 BODY_SECONDS = 60.0
 #: How long a client may go on sending a body whose request is answered already; then it has seen the answer.
 LINGER_SECONDS = 10.0
+#: How long a client may not read what is left of its last answer.
+UNREAD_SECONDS = 60.0
 #: With more requests in advance than these, a connection is not read from until they are answered.
 _PIPELINED = 8
 #: A body in more pieces than these is put together now and then: small pieces take far more memory than what they hold.
@@ -59,6 +61,7 @@ class Protocol(HttpToolsProtocol):
     head_seconds = HEAD_SECONDS
     body_seconds = BODY_SECONDS
     linger_seconds = LINGER_SECONDS
+    unread_seconds = UNREAD_SECONDS
 
     def __init__(self, *args: Any, edge: Edge, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -70,22 +73,32 @@ class Protocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._under_way: deque[RequestResponseCycle | RelayCycle] = deque()
         self._idle_since: float | None = None
+        self._unread = 0  # bytes that the client had not taken
+        self._unread_since = 0.0
 
     def close_if_idle(self, now: float) -> None:
         """Hang up if no request has come for too long (monotonic seconds). In place of a timer for each answer."""
         since = None if self._in_head or self._in_body else self._idle_since
-        if since is not None and now - since >= self.timeout_keep_alive:
+        if since is None or now - since < self.timeout_keep_alive:
+            return
+        unread = self.transport.get_write_buffer_size()
+        if not unread:
             self.timeout_keep_alive_handler()
+        elif unread != self._unread:
+            self._unread, self._unread_since = unread, now
+        elif now - self._unread_since >= self.unread_seconds:
+            self.transport.abort()  # to close it would be to wait for the client to read
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but for its timer."""
         self.server_state.total_requests += 1
+        if not self.pipeline:
+            self._idle_since = time.monotonic()
         if self.transport.is_closing():
             return
         if self.pipeline:
             self.loop.call_soon(self._start_next)  # not within: refusals of many would be one within the other
         else:
-            self._idle_since = time.monotonic()
             self._read_on()
         if self._in_body and self.cycle.response_complete:
             self._start_timer(self.linger_seconds, self.transport.close)

@@ -37,6 +37,7 @@ log = logging.getLogger("joulegate.relay")
 CLIENT_CLOSED = 499
 _RETRIES = RetryPolicy()
 _LONG_BODY = 32 * 1024
+_ENDING_SECONDS = 1.0
 _EVENT_STREAM: Lines = b"content-type: text/event-stream; charset=utf-8\r\n"
 
 
@@ -56,9 +57,9 @@ class Exchange:
     """One request that a backend is to answer, from its wait for a turn to the receipt."""
 
     __slots__ = (
-        "_affinity", "_began", "_began_at", "_call", "_deadline", "_first_byte_due", "_forwarding", "_gate", "_key",
-        "_model", "_observation", "_overdue", "_receipt", "_reply", "_route", "_services", "_sifter", "_ticket",
-        "_tried",
+        "_affinity", "_answer", "_began", "_began_at", "_call", "_deadline", "_done_since", "_first_byte_due",
+        "_forwarding", "_gate", "_key", "_model", "_observation", "_overdue", "_receipt", "_reply", "_route",
+        "_services", "_sifter", "_ticket", "_tried",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +84,8 @@ class Exchange:
         self._first_byte_due = math.inf
         self._overdue: TimedOut | None = None
         self._gate: Gate | None = None
+        self._answer: Answer | None = None  # the stream that comes in
+        self._done_since = math.inf  # when the backend was seen to have said that it is done
 
     async def run(self) -> int:
         """Carry it out; returns the status that the metrics count (499: the client went away).
@@ -131,6 +134,16 @@ class Exchange:
             self._interrupt(TimedOut(f"The backend did not begin to answer within {patience.first_byte:g} s."))
         elif patience.silence and self._call.streams_events and self._receipt is None:
             self._show_life(now - patience.silence)
+        self._end_what_is_over(now)
+
+    def _end_what_is_over(self, now: float) -> None:
+        """A backend that says that its stream is done, and then does not end it, has had its time."""
+        if self._answer is None or self._sifter is None or not self._sifter.has_ended:
+            self._done_since = math.inf
+        elif self._done_since == math.inf:
+            self._done_since = now
+        elif now - self._done_since >= _ENDING_SECONDS:
+            self._answer.end()
 
     def _interrupt(self, overdue: TimedOut) -> None:
         self._deadline = self._first_byte_due = math.inf
@@ -228,6 +241,7 @@ class Exchange:
                 self._lost(lease)
             raise
         finally:
+            self._first_byte_due = math.inf
             lease.release()
 
     def _lost(self, lease: Lease) -> None:
@@ -305,7 +319,7 @@ class Exchange:
             lines = self._passed(answer, b"content-type") + b"content-type: %b\r\n" % kind
         if self._forwarding is not None:  # the client has been promised a stream
             self._forwarding.take(sse.event(body))
-            self._close_stream(None)
+            self._close_stream(None, told)
             return
         receipt = self._finish("completed", told)
         if is_json and splice.is_object(body) and self._call.headers.energy_body:
@@ -326,7 +340,9 @@ class Exchange:
     async def _stream(self, answer: Answer) -> None:
         forwarding = self._forwarding or self._open_stream(answer.status, self._passed(answer))
         self._reply.throttle(answer)
+        self._answer = answer
         await answer.pump(forwarding.take)
+        self._answer = None
         forwarding.finish()
         self._close_stream(None)
 
@@ -356,13 +372,14 @@ class Exchange:
             intensity=terms.intensity,
         )
 
-    def _close_stream(self, error: ApiError | None) -> None:
+    def _close_stream(self, error: ApiError | None, told: Told | None = None) -> None:
+        """`told` is what the backend told of its work elsewhere than in the stream."""
         sifter = self._sifter
         assert sifter is not None
         error = error or sifter.failure
         energy = None
         if self._ticket.attempts:
-            receipt = self._finish("failed" if error else "completed", sifter.answer())
+            receipt = self._finish("failed" if error else "completed", told or sifter.answer())
             energy = encode_receipt(receipt) if self._call.headers.energy_body else None
         self._reply.end(sifter.close(energy, error))
 

@@ -24,6 +24,11 @@ class Sifter:
         self._terminal: bytes | None = None
         self.failure: ApiError | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the event that ends the stream has come."""
+        return self._terminal is not None
+
     def sift(self, run: bytes) -> bytes:
         """Take a run of whole events; return what may go out now."""
         if self._carrier is None and self._terminal is None and not self._is_suspect(run):

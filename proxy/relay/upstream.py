@@ -146,6 +146,10 @@ class Answer:
         """The whole body; raises BrokeOff."""
         return await self._connection.whole()
 
+    def end(self) -> None:
+        """Take what has come for all of it."""
+        self._connection.end()
+
     def abort(self) -> None:
         """Done with it: a connection not read to its end is closed, which tells the backend to stop."""
         self._connection.let_go(self)
@@ -235,6 +239,11 @@ class _Connection(asyncio.Protocol):
             self._paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
+
+    def end(self) -> None:
+        """No more is wanted of the answer under way."""
+        self._complete = True
+        self._wake()
 
     def let_go(self, answer: Answer) -> None:
         """The answer is done with: the connection is kept if its end was seen and it may be, else closed.

@@ -37,6 +37,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
 | `gather=N` | nothing is computed before N sequences are there |
+| `endless` | the stream says `[DONE]`, and its body goes on for ever |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
 | `energy_headers` | the answer carries `X-Energy-Joules`, `X-Carbon-Grams` and an `energy` field of its own |
@@ -205,6 +206,8 @@ class Answer:
                 await asyncio.sleep(0)
 
     async def end(self) -> None:
+        if "endless" in self._commands:
+            await asyncio.Event().wait()
         self._writer.write(b"0\r\n\r\n")
         await self._writer.drain()
 

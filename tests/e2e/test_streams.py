@@ -136,6 +136,16 @@ def test_a_stream_that_asks_for_other_options_keeps_them(proxy: Proxy) -> None:
     assert sent["stream_options"] == {"include_usage": True, "chunk": 3}
 
 
+def test_a_backend_that_says_it_is_done_and_does_not_end_is_not_waited_for(proxy: Proxy) -> None:
+    began = time.monotonic()
+    text = proxy.post("/v1/chat/completions", chat("hi [[tokens=3 token_ms=1 endless]]")).text
+    assert time.monotonic() - began < 10
+    receipt = energy_comment(text)
+    assert (receipt["outcome"], events(text)[-1]) == ("completed", "[DONE]")
+    until(lambda: proxy.truth()["active"] == 0, 10)
+    assert proxy.post("/v1/chat/completions", chat()).status_code == 200
+
+
 def test_a_silent_streams_client_sees_signs_of_life(tmp_path: Path) -> None:
     with running(tmp_path, models=MODELS[:1], server={"keep_alive_seconds": 0.2}) as proxy:
         text = proxy.post("/v1/chat/completions", chat("hi [[tokens=3 token_ms=700]]")).text

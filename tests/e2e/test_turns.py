@@ -7,6 +7,7 @@ import time
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from proxy.api.protocol import Protocol
@@ -109,6 +110,25 @@ def test_a_client_that_reads_late_gets_all_that_it_asked_for_in_advance(proxy: P
         time.sleep(1)
         got = read_until(connection, b"\r\ncontent-length: ", 12)
     assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 13
+
+
+def test_a_client_that_never_reads_its_last_answer_does_not_keep_its_connection(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Protocol, "unread_seconds", 2.0)
+    address = urlsplit(proxy.url).hostname, urlsplit(proxy.url).port
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address)
+        connection.sendall(request("hi [[tokens=20 big=1000000 token_ms=1]]"))
+        until(lambda: not held(connection), 60)
+
+
+def held(connection: socket.socket) -> bool:
+    """Whether the other side still has this connection, as far as its own system says."""
+    own = connection.getsockname()[1]
+    there = [each for each in psutil.Process().net_connections("tcp") if each.raddr and each.raddr.port == own]
+    return bool(there)
 
 
 def test_a_body_in_very_many_small_chunks_arrives_whole(proxy: Proxy) -> None:
