@@ -11,7 +11,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from msgspec import structs
 
@@ -69,8 +69,8 @@ class Expectation:
     meter: str | None
 
 
-def now() -> Nanoseconds:
-    return Nanoseconds(time.monotonic_ns())
+#: The host's monotonic clock. Not a function around it: every request asks for the time a dozen times.
+now: Callable[[], Nanoseconds] = cast("Callable[[], Nanoseconds]", time.monotonic_ns)
 
 
 class Ticket:

@@ -31,13 +31,16 @@ class Forwarding:
         run = self._cutter.feed(data)
         if not run:
             return
-        count = sse.count_data(run)
+        count, at = sse.count_data(run), now()
         if self._on_first is not None and count:
             on_first, self._on_first = self._on_first, None
             self._observation = on_first()
         if self._observation is not None:
-            self._observation.events(count, now())
-        self._send(self._sifter.sift(run))
+            self._observation.events(count, at)
+        out = self._sifter.sift(run)
+        if out:
+            self.last = at / 1e9
+            self._reply.chunk(out)
 
     def finish(self) -> None:
         """The backend's last byte has come."""
