@@ -443,8 +443,12 @@ class Accountant:
         shares = self._ledger.drain(None if self._later is None else _SETTLED_AT_A_TIME)
         for share in shares:
             ticket = self._tickets.pop(share.request, None)
-            if ticket is not None and ticket.take(share):
+            if ticket is None or not ticket.take(share):
+                continue
+            try:
                 self._complete(ticket)
+            except Exception:  # a defect that concerns one receipt must not keep the others from settling
+                log.exception("an error of our own in settling a receipt")
         if self._later is not None and len(shares) == _SETTLED_AT_A_TIME:
             self._settling = True
             self._later(self._settle_some)

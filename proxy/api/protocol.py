@@ -31,8 +31,8 @@ HEAD_SECONDS = 30.0
 BODY_SECONDS = 60.0
 #: How long a client may go on sending a body whose request is answered already; then it has seen the answer.
 LINGER_SECONDS = 10.0
-#: How long a client may not read what is left of its last answer.
-UNREAD_SECONDS = 60.0
+#: How long a client may not read what is left of its last answer. A slow one's system takes it in large pieces.
+UNREAD_SECONDS = 300.0
 #: With more requests in advance than these, a connection is not read from until they are answered.
 _PIPELINED = 8
 #: A body in more pieces than these is put together now and then: small pieces take far more memory than what they hold.

@@ -148,7 +148,7 @@ class Answer:
 
     def end(self) -> None:
         """Take what has come for all of it."""
-        self._connection.end()
+        self._connection.end(self)
 
     def abort(self) -> None:
         """Done with it: a connection not read to its end is closed, which tells the backend to stop."""
@@ -240,10 +240,11 @@ class _Connection(asyncio.Protocol):
             if not self._transport.is_closing():
                 self._transport.resume_reading()
 
-    def end(self) -> None:
-        """No more is wanted of the answer under way."""
-        self._complete = True
-        self._wake()
+    def end(self, answer: Answer) -> None:
+        """No more is wanted of an answer, if it is the one under way."""
+        if self._answer is answer:
+            self._complete = True
+            self._wake()
 
     def let_go(self, answer: Answer) -> None:
         """The answer is done with: the connection is kept if its end was seen and it may be, else closed.
