@@ -384,6 +384,7 @@ def test_a_terminal_that_closes_ends_what_was_started_from_it(tmp_path: Path) ->
     config.write_text("models: []\nenergy: {meters: {nvml: false, rapl: false, estimate: false}}\n")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have them ignore it
         os.chdir(tmp_path)
         os.execve(sys.executable, [*COMMAND, "serve", "--port", "0", "--config", str(config)], ENVIRONMENT)
     try:
