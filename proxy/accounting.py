@@ -313,7 +313,8 @@ class Accountant:
         self._advance()
         if not self._settling:
             self._settle_some()
-        self._store_the_slow()
+        if not self._settling:  # else what is still to be handed out would be taken for slow
+            self._store_the_slow()
 
     def steps(self, backend: str, reports: Iterable[StepReport]) -> None:
         """Take step reports of a backend; participants whose id is not ours become unattributed in the ledger."""
@@ -443,27 +444,26 @@ class Accountant:
         shares = self._ledger.drain(None if self._later is None else _SETTLED_AT_A_TIME)
         for share in shares:
             ticket = self._tickets.pop(share.request, None)
-            if ticket is None or not ticket.take(share):
-                continue
-            try:
+            if ticket is not None and ticket.take(share):
                 self._complete(ticket)
-            except Exception:  # a defect that concerns one receipt must not keep the others from settling
-                log.exception("an error of our own in settling a receipt")
         if self._later is not None and len(shares) == _SETTLED_AT_A_TIME:
-            self._settling = True
             self._later(self._settle_some)
+            self._settling = True
 
     def _complete(self, ticket: Ticket) -> None:
+        self._unsettled.pop(ticket.request.id, None)
         final = ticket.receipt()
-        self._unsettled.pop(final.request.id, None)
         self._recent[final.request.id] = final
         if len(self._recent) > _RECENT_RECEIPTS:
             self._recent.popitem(last=False)
-        for sink in self._sinks:
-            sink.settled(final, ticket.provisional)
         for future in self._waiting.pop(final.request.id, ()):
             if not future.done():
                 future.set_result(final)
+        for sink in self._sinks:
+            try:
+                sink.settled(final, ticket.provisional)
+            except Exception:  # it must not keep the other sinks, nor other receipts, from theirs
+                log.exception("an error of our own in keeping a receipt")
 
     def _store_the_slow(self) -> None:
         """Those that take longer to settle are stored as the client was told, in the order they ended."""

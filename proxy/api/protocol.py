@@ -77,17 +77,28 @@ class Protocol(HttpToolsProtocol):
         self._unread_since = 0.0
 
     def close_if_idle(self, now: float) -> None:
-        """Hang up if no request has come for too long (monotonic seconds). In place of a timer for each answer."""
+        """Hang up if no request has come for too long (monotonic seconds), or the client does not read.
+
+        In place of a timer for each answer.
+        """
         since = None if self._in_head or self._in_body else self._idle_since
-        if since is None or now - since < self.timeout_keep_alive:
-            return
         unread = self.transport.get_write_buffer_size()
-        if not unread:
+        if unread:
+            self._look_at_unread(unread, now)
+        elif since is not None and now - since >= self.timeout_keep_alive:
             self.timeout_keep_alive_handler()
-        elif unread != self._unread:
+
+    def _look_at_unread(self, unread: int, now: float) -> None:
+        """Break off where all has been answered and the client takes nothing of it: to close is to wait for it."""
+        if unread != self._unread or not (self.transport.is_closing() or self._has_answered()):
             self._unread, self._unread_since = unread, now
         elif now - self._unread_since >= self.unread_seconds:
-            self.transport.abort()  # to close it would be to wait for the client to read
+            self.transport.abort()
+
+    def _has_answered(self) -> bool:
+        """Whether nothing is under way but requests that wait for the client to read."""
+        waiting = [cycle for cycle, _ in self.pipeline]
+        return all(cycle.response_complete or cycle in waiting for cycle in self._under_way)
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but for its timer."""
@@ -140,6 +151,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._idle_since = None
+        self._unread = 0
         self._stop_timer()
         if not self.url.startswith(b"/") or self.parser.get_http_version() not in _VERSIONS:
             raise _no_request()
@@ -257,6 +269,8 @@ class Protocol(HttpToolsProtocol):
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
         try:
             self.parser.feed_data(rest)
+        except httptools.HttpParserUpgrade:
+            return  # of a later request: this one is the last that is heard
         except httptools.HttpParserError:
             self._refuse(_no_request())
 
@@ -491,16 +505,14 @@ class RelayCycle:
         body = only if isinstance(only, bytes) else b"".join(self._body)
         self._body = []
         asked = Inbound(self._headers, body, self._key, self._model)
-        task = self._task = self._protocol.loop.create_task(self._serve(asked, self._reply))
+        task = self._task = self._protocol.loop.create_task(self._relay.serve(asked, self._reply))
+        task.add_done_callback(self._served)  # not within the task: what is cancelled before it begins has no end
         self._protocol.tasks.add(task)  # uvicorn waits for these when it ends
 
-    async def _serve(self, asked: Inbound, reply: Reply) -> None:
-        try:
-            await self._relay.serve(asked, reply)
-        finally:
-            self._reply = None
-            if self._task is not None:
-                self._protocol.tasks.discard(self._task)
-                self._task = None
-            if not self.response_complete and not self.disconnected:
-                self.break_off()
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._protocol.tasks.discard(task)
+        self._task = self._reply = None
+        if self.disconnected and task.cancelled():
+            self._relay.gone()  # before its task had begun: the relay has heard nothing of it
+        elif not self.response_complete and not self.disconnected:
+            self.break_off()

@@ -101,10 +101,12 @@ def read_json_answer(data: bytes) -> Answer:
 
 
 class Dialect(Protocol):
-    """`name` is the API's; `error_events` says how an error is told on a stream that has begun."""
+    """`name` is the API's; `ends_once` says that nothing can follow a stream's terminal event."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def ends_once(self) -> bool: ...
     def role(self, event: bytes) -> Role: ...
     def suspects(self, run: bytes) -> bool:
         """Whether a run of events may hold one that is not to be passed: a cheap test on bytes."""
@@ -131,6 +133,7 @@ class OpenAI:
     """Chat and text completions: a last chunk with `usage` and no choices, then `[DONE]`."""
 
     name: str = "openai"
+    ends_once: bool = True
 
     def suspects(self, run: bytes) -> bool:
         return b"[DONE]" in run or b'"usage":{' in run or b'"usage": {' in run or b'"error":' in run
@@ -180,6 +183,7 @@ class Named:
     terminals: tuple[bytes, ...]
     inside: str | None = None
     closing: bytes = b""
+    ends_once: bool = True
 
     def suspects(self, run: bytes) -> bool:
         return any(mark in run for mark in (*self.carriers, *self.terminals, b"event: error", b'"error"'))
@@ -230,7 +234,8 @@ OPENAI: Dialect = OpenAI()
 #: Transcriptions and speech end as chat does, but their usage comes unasked, in the event that tells the end.
 AUDIO: Dialect = OpenAI("audio")
 _PAINTED = (b"image_generation.completed", b"image_edit.completed")
-IMAGES: Dialect = Named("images", carriers=_PAINTED, terminals=_PAINTED)
+#: One such event for each image.
+IMAGES: Dialect = Named("images", carriers=_PAINTED, terminals=_PAINTED, ends_once=False)
 RESPONSES: Dialect = Named(
     "responses",
     carriers=(b"response.completed", b"response.incomplete", b"response.failed"),

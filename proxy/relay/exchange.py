@@ -23,7 +23,7 @@ from proxy.relay.dialects import RESPONSES, Timings, read_json_answer
 from proxy.relay.dialects import Answer as Told
 from proxy.relay.forwarding import Forwarding
 from proxy.relay.observe import Observation
-from proxy.relay.reply import Lines, Reply, passed_back, processing
+from proxy.relay.reply import BODILESS, Lines, Reply, passed_back, processing
 from proxy.relay.services import Services
 from proxy.relay.sift import Sifter
 from proxy.relay.translations import JSON
@@ -57,8 +57,8 @@ class Exchange:
     """One request that a backend is to answer, from its wait for a turn to the receipt."""
 
     __slots__ = (
-        "_affinity", "_answer", "_began", "_began_at", "_call", "_deadline", "_done_since", "_first_byte_due",
-        "_forwarding", "_gate", "_key", "_model", "_observation", "_overdue", "_receipt", "_reply", "_route",
+        "_affinity", "_answer", "_began", "_began_at", "_call", "_deadline", "_first_byte_due", "_forwarding",
+         "_gate", "_key", "_model", "_observation", "_overdue", "_receipt", "_reply", "_route",
         "_services", "_sifter", "_ticket", "_tried",
     )  # fmt: skip
 
@@ -85,7 +85,6 @@ class Exchange:
         self._overdue: TimedOut | None = None
         self._gate: Gate | None = None
         self._answer: Answer | None = None  # the stream that comes in
-        self._done_since = math.inf  # when the backend was seen to have said that it is done
 
     async def run(self) -> int:
         """Carry it out; returns the status that the metrics count (499: the client went away).
@@ -134,16 +133,15 @@ class Exchange:
             self._interrupt(TimedOut(f"The backend did not begin to answer within {patience.first_byte:g} s."))
         elif patience.silence and self._call.streams_events and self._receipt is None:
             self._show_life(now - patience.silence)
-        self._end_what_is_over(now)
+        self._end_what_is_over()
 
-    def _end_what_is_over(self, now: float) -> None:
+    def _end_what_is_over(self) -> None:
         """A backend that says that its stream is done, and then does not end it, has had its time."""
-        if self._answer is None or self._sifter is None or not self._sifter.has_ended:
-            self._done_since = math.inf
-        elif self._done_since == math.inf:
-            self._done_since = now
-        elif now - self._done_since >= _ENDING_SECONDS:
-            self._answer.end()
+        answer, forwarding = self._answer, self._forwarding
+        if answer is None or forwarding is None or answer.paused:
+            return
+        if forwarding.silent_at_its_end(_ENDING_SECONDS):
+            answer.end()
 
     def _interrupt(self, overdue: TimedOut) -> None:
         self._deadline = self._first_byte_due = math.inf
@@ -302,7 +300,7 @@ class Exchange:
             self._fail(UpstreamFailed(f"The backend answered with a redirect ({answer.status})."))
         elif answer.content_encoding not in {b"", b"identity"}:
             self._fail(UpstreamFailed("The backend compressed its answer, though asked not to."))
-        elif answer.content_type.startswith(b"text/event-stream"):
+        elif answer.content_type.startswith(b"text/event-stream") and answer.status not in BODILESS:
             await self._stream(answer)
         else:
             await self._whole(answer)

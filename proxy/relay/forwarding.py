@@ -11,12 +11,13 @@ from proxy.relay.sift import Sifter
 
 
 class Forwarding:
-    """Takes a backend's bytes as they are read. `last` is when something was last sent to the client (monotonic).
+    """Takes a backend's bytes as they are read. `last` is when something was last sent to the client (monotonic),
+    `heard` is when the backend last said something (in nanoseconds).
 
     `on_first` is called once, at the first event that carries data, and says who observes the stream, if anybody does.
     """
 
-    __slots__ = ("_cutter", "_observation", "_on_first", "_reply", "_sifter", "last")
+    __slots__ = ("_cutter", "_observation", "_on_first", "_reply", "_sifter", "heard", "last")
 
     def __init__(self, reply: Reply, sifter: Sifter, on_first: Callable[[], Observation | None]) -> None:
         self._reply = reply
@@ -25,13 +26,15 @@ class Forwarding:
         self._observation: Observation | None = None
         self._cutter = sse.EventCutter()
         self.last = time.monotonic()
+        self.heard = now()
 
     def take(self, data: bytes) -> None:
         """Raises ValueError for an event that does not end."""
+        at = self.heard = now()
         run = self._cutter.feed(data)
         if not run:
             return
-        count, at = sse.count_data(run), now()
+        count = sse.count_data(run)
         if self._on_first is not None and count:
             on_first, self._on_first = self._on_first, None
             self._observation = on_first()
@@ -42,8 +45,14 @@ class Forwarding:
             self.last = at / 1e9
             self._reply.chunk(out)
 
+    def silent_at_its_end(self, seconds: float) -> bool:
+        """Whether the backend has said that it is done, and nothing since, for so long."""
+        ended = self._sifter.has_ended and not self._cutter.is_amid
+        return ended and now() - self.heard >= seconds * 1e9
+
     def finish(self) -> None:
         """The backend's last byte has come."""
+        self._on_first = None
         self._send(self._sifter.sift(self._cutter.rest()))
 
     def keep_alive(self) -> None:

@@ -18,7 +18,7 @@ _DROPPED = frozenset(
 _DROPPED_BEGINNINGS = (b"x-energy", b"x-carbon", b"carbon-", b"access-control-")
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 #: Answers with these have no body, nor say how long it is.
-_BODILESS = frozenset({204, 304})
+BODILESS = frozenset({204, 304})
 #: Longer bodies are not copied behind their head.
 _SEPARATE_BODY = 64 * 1024
 
@@ -145,9 +145,11 @@ class Reply:
         self._wire.done()
 
     def whole(self, status: int, lines: Lines, body: bytes) -> None:
-        framing = b"" if status in _BODILESS else b"content-length: %d\r\n" % len(body)
+        framing = b"" if status in BODILESS else b"content-length: %d\r\n" % len(body)
         head = self._head(status, lines, framing)
-        if len(body) <= _SEPARATE_BODY:
+        if status in BODILESS:
+            self._wire.write(head)
+        elif len(body) <= _SEPARATE_BODY:
             self._wire.write(head + body)
         else:
             self._wire.write(head)

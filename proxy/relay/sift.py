@@ -26,8 +26,8 @@ class Sifter:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the event that ends the stream has come."""
-        return self._terminal is not None
+        """Whether the event that ends the stream has come, and no other can."""
+        return self._terminal is not None and self._dialect.ends_once
 
     def sift(self, run: bytes) -> bytes:
         """Take a run of whole events; return what may go out now."""

@@ -27,6 +27,11 @@ class EventCutter:
             raise ValueError(f"an event of the stream is longer than {self._limit} bytes")
         return data[:end]
 
+    @property
+    def is_amid(self) -> bool:
+        """Whether an event has begun to come."""
+        return bool(self._rest)
+
     def rest(self) -> bytes:
         """What is left at the end of the stream, closed with a blank line where one is missing."""
         rest, self._rest = self._rest, b""

@@ -110,6 +110,10 @@ class Answer:
         """Call `take` with the body's bytes as they come, to the end; raises BrokeOff, and whatever `take` raises."""
         await self._connection.pump(take)
 
+    @property
+    def paused(self) -> bool:
+        return self._connection.paused
+
     def pause(self) -> None:
         """Read no more for now: whoever takes the bytes has enough."""
         self._connection.pause()
@@ -168,7 +172,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[RawHeader] = []
         self._head_bytes = 0
-        self._paused = False
+        self.paused = False
         self._closed = False
         self._reset()
         self.idle_since = 0.0
@@ -230,13 +234,13 @@ class _Connection(asyncio.Protocol):
             take(self._collected())
 
     def pause(self) -> None:
-        if not self._paused and self._transport is not None and not self._complete:
-            self._paused = True
+        if not self.paused and self._transport is not None and not self._complete:
+            self.paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        if self._paused and self._transport is not None:
-            self._paused = False
+        if self.paused and self._transport is not None:
+            self.paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
 

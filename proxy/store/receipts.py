@@ -1,6 +1,5 @@
 """Receipts kept: written in batches behind the data path, read by id or page by page."""
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from proxy.store.schema import receipts
 from proxy.store.writer import StoreHealth, Writer
 
 MAXIMUM_PAGE = 1000
-_ROWS_AT_A_TIME, _PAUSE_SECONDS = 40, 0.001
+_ROWS_AT_A_TIME = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +141,18 @@ class ReceiptStore:
         except SQLAlchemyError as error:
             raise self._database.unavailable(error) from error
 
-    def _upsert(self, connection: Connection, batch: Iterable[Receipt]) -> None:
+    def _upsert(self, connection: Connection, batch: Iterable[Receipt], breathe: Callable[[], None]) -> None:
         """In the driver's own words: to compile a statement's parameters for each row would be most of the cost.
 
         A few rows at a time: this thread and the event loop's may have but one processor, and requests go first.
         """
         statement, left = _UPSERT[connection.dialect.name], iter(batch)
-        while some := [self._row(receipt) for receipt in islice(left, _ROWS_AT_A_TIME)]:
+        some = [self._row(receipt) for receipt in islice(left, _ROWS_AT_A_TIME)]
+        while some:
             connection.exec_driver_sql(statement, some)
-            time.sleep(_PAUSE_SECONDS)
+            some = [self._row(receipt) for receipt in islice(left, _ROWS_AT_A_TIME)]
+            if some:
+                breathe()
 
     @staticmethod
     def _row(receipt: Receipt) -> tuple[Any, ...]:

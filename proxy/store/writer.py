@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 #: Small, because encoding a batch holds the interpreter that also serves the data path.
 _BATCH = 1000
+#: With more than these waiting the thread does not step aside for requests any more.
+_BACKLOG = 2 * _BATCH
+_PAUSE_SECONDS = 0.001
 _FIRST_RETRY_SECONDS = 0.5
 _LAST_RETRY_SECONDS = 15.0
 #: What a row is to blame for, and not the database.
@@ -42,7 +45,7 @@ class Writer:
     def __init__(
         self,
         database: Database,
-        write: Callable[[Connection, Iterable[Receipt]], None],
+        write: Callable[[Connection, Iterable[Receipt], Callable[[], None]], None],
         *,
         flush_seconds: float,
         capacity: int,
@@ -173,7 +176,12 @@ class Writer:
 
     def _transact(self, batch: Iterable[Receipt]) -> None:
         with self._database.open().begin() as connection:
-            self._write(connection, batch)
+            self._write(connection, batch, self._breathe)
+
+    def _breathe(self) -> None:
+        """Let requests go first, unless somebody waits for what is written or too much waits to be."""
+        if not (self._hurry or self._closing or len(self._waiting) > _BACKLOG):
+            time.sleep(_PAUSE_SECONDS)
 
     def _done(self, error: StoreUnavailable | None) -> None:
         with self._changed:

@@ -37,6 +37,7 @@ A test steers a request by commands anywhere in its text: `[[tokens=50 token_ms=
 | `once` | a retried attempt heeds `tokens` and `token_ms` only |
 | `freeze` | the whole engine stops answering, its health check too |
 | `gather=N` | nothing is computed before N sequences are there |
+| `between_ms=X` | X ms lie between the pictures of a stream |
 | `endless` | the stream says `[DONE]`, and its body goes on for ever |
 | `no_done` | the stream ends without `[DONE]` |
 | `dribble` | a stream's bytes come singly; `crlf`: its lines end in CRLF |
@@ -442,7 +443,9 @@ class Server:
             return
         await answer.begin()
         name = "image_generation.completed"
-        await answer.event({"type": name, **common, "b64_json": picture}, name)
+        for number in range(count):
+            await asyncio.sleep(commands.get("between_ms", 0) / 1000 if number else 0)
+            await answer.event({"type": name, **common, "b64_json": picture}, name)
         await answer.end()
 
     async def _edits(self, request: Request, answer: Answer, commands: Commands) -> None:

@@ -85,6 +85,14 @@ def test_streamed_images_carry_the_receipt_in_the_completed_event(proxy: Proxy) 
     assert text.index(": energy") < text.index("image_generation.completed")
 
 
+def test_pictures_that_come_one_after_the_other_all_arrive(proxy: Proxy) -> None:
+    body = {"model": "painter", "prompt": "a cat [[between_ms=2500]]", "stream": True, "n": 3}
+    text = proxy.post("/v1/images/generations", body).text
+    pictures = [event for event in events(text) if event["type"] == "image_generation.completed"]
+    assert ["energy" in picture for picture in pictures] == [False, False, True]
+    assert energy_comment(text)["outcome"] == "completed"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_backend_and_pays_for_what_it_burnt(proxy: Proxy, stream: bool) -> None:
     body = chat("hi [[tokens=2000 token_ms=10]]") | {"stream": stream}

@@ -112,15 +112,25 @@ def test_a_client_that_reads_late_gets_all_that_it_asked_for_in_advance(proxy: P
     assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * 13
 
 
+def test_two_requests_in_advance_that_both_offer_an_upgrade_get_the_first_one_answered(proxy: Proxy) -> None:
+    offer = request("hi [[tokens=2]]").replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n", 1)
+    with connected(proxy) as connection:
+        connection.sendall(offer + offer)
+        assert read_until(connection, b'"usage"').startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("then", [b"", b"POST /v1/chat/comp", request("hi")[:-5], request("hi")])
 def test_a_client_that_never_reads_its_last_answer_does_not_keep_its_connection(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, then: bytes
 ) -> None:
+    monkeypatch.setattr(Protocol, "head_seconds", 2.0)
+    monkeypatch.setattr(Protocol, "body_seconds", 2.0)
     monkeypatch.setattr(Protocol, "unread_seconds", 2.0)
     address = urlsplit(proxy.url).hostname, urlsplit(proxy.url).port
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
-        connection.sendall(request("hi [[tokens=20 big=1000000 token_ms=1]]"))
+        connection.sendall(request("hi [[tokens=20 big=1000000 token_ms=1]]") + then)
         until(lambda: not held(connection), 60)
 
 
