@@ -11,20 +11,23 @@ class EventCutter:
     __slots__ = ("_limit", "_rest")
 
     def __init__(self, limit: int = 64 * 1024 * 1024) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         self._limit = limit
 
     def feed(self, data: bytes) -> bytes:
         """Return all whole events there are now, as one run of bytes; may be empty."""
         if self._rest:
-            data = self._rest + data
-            self._rest = b""
+            seam = self._rest[-3:] + data
+            self._rest += data
+            if b"\n\n" not in seam and b"\r\n\r\n" not in seam:  # long events come in many pieces
+                self._check()
+                return b""
+            data, self._rest = bytes(self._rest), bytearray()
         if data.endswith((b"\n\n", b"\r\n\r\n")):
             return data
         end = max(_after(data, b"\n\n"), _after(data, b"\r\n\r\n"))
-        self._rest = data[end:]
-        if len(self._rest) > self._limit:
-            raise ValueError(f"an event of the stream is longer than {self._limit} bytes")
+        self._rest += data[end:]
+        self._check()
         return data[:end]
 
     @property
@@ -34,8 +37,12 @@ class EventCutter:
 
     def rest(self) -> bytes:
         """What is left at the end of the stream, closed with a blank line where one is missing."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = bytes(self._rest), bytearray()
         return rest.rstrip(b"\r\n") + b"\n\n" if rest.strip() else b""
+
+    def _check(self) -> None:
+        if len(self._rest) > self._limit:
+            raise ValueError(f"an event of the stream is longer than {self._limit} bytes")
 
 
 def _after(data: bytes, mark: bytes) -> int:

@@ -161,3 +161,22 @@ def test_how_the_bytes_are_cut_changes_nothing(data: st.DataObject) -> None:
 def test_a_failed_stream_tells_the_error_then_the_energy(dialect: Dialect) -> None:
     out = Sifter(dialect, True).close(ENERGY, UpstreamFailed("gone"))
     assert out.index(b"gone") < out.index(b": energy ")
+
+
+@given(st.lists(st.binary(max_size=6).map(lambda raw: bytes(b"x\n\r"[byte % 3] for byte in raw)), max_size=40))
+def test_wherever_a_stream_is_cut_all_of_it_comes_out_in_whole_events(pieces: list[bytes]) -> None:
+    cutter, data = EventCutter(), b"".join(pieces)
+    runs = [run for piece in pieces if (run := cutter.feed(piece))]
+    assert all(run.endswith((b"\n\n", b"\r\n\r\n")) for run in runs)
+    rest = cutter.rest().rstrip(b"\r\n")
+    assert b"\n\n" not in rest
+    assert b"\r\n\r\n" not in rest
+    assert (b"".join(runs) + rest).rstrip(b"\r\n") == data.rstrip(b"\r\n")
+
+
+def test_an_event_without_end_is_given_up() -> None:
+    cutter = EventCutter(limit=1000)
+    for _ in range(10):
+        assert cutter.feed(b"x" * 99) == b""
+    with pytest.raises(ValueError, match="longer than 1000 bytes"):
+        cutter.feed(b"x" * 99)
