@@ -272,7 +272,7 @@ def test_the_command_line_lists_what_the_store_holds(tmp_path: Path) -> None:
     assert listed["has_more"] is False
     table = joulegate("--model", "chat").stdout
     assert id_ in table
-    assert f"{listed['data'][0]['energy_joules']:.3g}"[:3] in table
+    assert f"{listed['data'][0]['energy_joules']:.6g}" in table
     wrong = joulegate("--after", "nope")
     assert (wrong.returncode, wrong.stderr) == (2, "joulegate: after: there is no receipt 'nope'\n")
 
