@@ -133,14 +133,14 @@ class Exchange:
             self._interrupt(TimedOut(f"The backend did not begin to answer within {patience.first_byte:g} s."))
         elif patience.silence and self._call.streams_events and self._receipt is None:
             self._show_life(now - patience.silence)
-        self._end_what_is_over()
+        self._end_what_is_over(now)
 
-    def _end_what_is_over(self) -> None:
+    def _end_what_is_over(self, now: float) -> None:
         """A backend that says that its stream is done, and then does not end it, has had its time."""
         answer, forwarding = self._answer, self._forwarding
         if answer is None or forwarding is None or answer.paused:
             return
-        if forwarding.silent_at_its_end(_ENDING_SECONDS):
+        if forwarding.ended_by(now - _ENDING_SECONDS):
             answer.end()
 
     def _interrupt(self, overdue: TimedOut) -> None:

@@ -11,13 +11,12 @@ from proxy.relay.sift import Sifter
 
 
 class Forwarding:
-    """Takes a backend's bytes as they are read. `last` is when something was last sent to the client (monotonic),
-    `heard` is when the backend last said something (in nanoseconds).
+    """Takes a backend's bytes as they are read. `last` is when something was last sent on (monotonic seconds).
 
     `on_first` is called once, at the first event that carries data, and says who observes the stream, if anybody does.
     """
 
-    __slots__ = ("_cutter", "_observation", "_on_first", "_reply", "_sifter", "heard", "last")
+    __slots__ = ("_cutter", "_heard", "_observation", "_on_first", "_reply", "_sifter", "last")
 
     def __init__(self, reply: Reply, sifter: Sifter, on_first: Callable[[], Observation | None]) -> None:
         self._reply = reply
@@ -25,12 +24,12 @@ class Forwarding:
         self._on_first: Callable[[], Observation | None] | None = on_first
         self._observation: Observation | None = None
         self._cutter = sse.EventCutter()
-        self.last = time.monotonic()
-        self.heard = now()
+        self.last = self._heard = time.monotonic()
 
     def take(self, data: bytes) -> None:
         """Raises ValueError for an event that does not end."""
-        at = self.heard = now()
+        at = now()
+        self._heard = at / 1e9
         run = self._cutter.feed(data)
         if not run:
             return
@@ -40,15 +39,11 @@ class Forwarding:
             self._observation = on_first()
         if self._observation is not None:
             self._observation.events(count, at)
-        out = self._sifter.sift(run)
-        if out:
-            self.last = at / 1e9
-            self._reply.chunk(out)
+        self._send(self._sifter.sift(run))
 
-    def silent_at_its_end(self, seconds: float) -> bool:
-        """Whether the backend has said that it is done, and nothing since, for so long."""
-        ended = self._sifter.has_ended and not self._cutter.is_amid
-        return ended and now() - self.heard >= seconds * 1e9
+    def ended_by(self, instant: float) -> bool:
+        """Whether the backend had said by then (monotonic seconds) that it is done, and has said nothing since."""
+        return self._heard <= instant and self._sifter.has_ended and not self._cutter.is_amid
 
     def finish(self) -> None:
         """The backend's last byte has come."""

@@ -112,6 +112,7 @@ class Answer:
 
     @property
     def paused(self) -> bool:
+        """Whether whoever takes the bytes has had enough for now."""
         return self._connection.paused
 
     def pause(self) -> None:
